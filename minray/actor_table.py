@@ -1,0 +1,160 @@
+"""Actors: their lives, their names, and the order of their calls.
+
+Pure.  Owns the actor records.  Which worker an actor lives in is the scheduler's affair;
+what a call needs and returns is the lineage's.
+
+Calls are delivered in the order in which each caller submitted them: every caller has a
+queue of its own, whose head waits for its arguments and holds up only that caller.  A
+caller is the driver, an actor, or one task: not the process that ran it, for the next task
+in that process may be the one that the head waits for.
+
+::
+
+    PENDING_CREATION --constructor returned--> ALIVE --kill, exit, last handle gone--> DEAD
+           |                                    |  ^
+           '---constructor raised---> DEAD      |  |  worker died, max_restarts left
+                                                v  |
+                                             RESTARTING  (the constructor runs again)
+
+A name belongs to the first live actor that was submitted with it.  Considered: reserving it
+before the submission; then whoever reserves and dies leaves a name that nobody has.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from minray.lineage import Task
+from minray.scheduler import WorkerRecord
+from minray.task_spec import ALIVE, DEAD, DEPENDENCIES_UNREADY, FINISHED, PENDING_CREATION, ActorOptions
+
+MAX_IN_FLIGHT = 1000
+"""Calls handed to an actor's worker and not yet answered; the rest wait here and can be cancelled."""
+
+
+class Actor:
+    def __init__(self, actor_id: bytes, no: int, task: Task, options: ActorOptions, now: float) -> None:
+        self.actor_id = actor_id  # the ID of its creation task, whose return object stands for its handles
+        self.no = no
+        self.task = task  # the creation: run again for a restart
+        self.options = options
+        self.state = PENDING_CREATION
+        self.worker: WorkerRecord | None = None
+        self.host: WorkerRecord | None = None  # the worker, also after its end: for the record
+        self.queues: dict[int | bytes, deque[Task]] = {}  # by caller; none is empty
+        self.pending = 0  # calls submitted and not finished
+        self.restarts = 0
+        self.restarts_left = options.max_restarts  # -1: without end
+        self.holds_arguments = True  # of the constructor: while it may have to run again
+        self.unwanted = False  # its last handle has gone: ends when its calls are done
+        self.death = ""  # why, in one line, once DEAD
+        self.advice = ""  # what could be done about that
+        self.cause: tuple[bytes, str] | None = None  # an error to raise instead (pickled, and in one line)
+        self.created_s = now
+        self.died_s = 0.0
+
+    def enqueue(self, task: Task) -> None:
+        queue = self.queues.get(task.caller)
+        if queue is None:
+            queue = self.queues[task.caller] = deque()
+        queue.append(task)
+
+    def enqueue_first(self, task: Task) -> None:
+        """Back to the front: it was submitted before the rest."""
+        self.queues.setdefault(task.caller, deque()).appendleft(task)
+
+    def waiting(self) -> list[Task]:
+        """The calls in its queues.  One that was cancelled stays there until its turn comes, but does not count."""
+        return [task for queue in self.queues.values() for task in queue if task.state < FINISHED]
+
+    def take_ready(self) -> list[Task]:
+        """The calls that may be sent now, in order: of each caller up to the first whose arguments are missing."""
+        worker = self.worker
+        if self.state != ALIVE or worker is None:
+            return []
+        room = MAX_IN_FLIGHT - len(worker.in_flight)
+        batch: list[Task] = []
+        for caller in list(self.queues):
+            if room <= 0:
+                break
+            queue = self.queues[caller]
+            while queue and room > 0:
+                task = queue[0]
+                if task.state < FINISHED:  # Else it was cancelled.
+                    if task.missing:
+                        break
+                    batch.append(task)
+                    room -= 1
+                queue.popleft()
+            if not queue:
+                del self.queues[caller]
+            elif not room:
+                self.queues[caller] = self.queues.pop(caller)  # Last next time: it must not starve the others.
+        return batch
+
+    def begun(self, calls: list[Task], running: bytes | None) -> int:
+        """How many of the calls in hand may have begun when the worker died executing `running`.
+
+        Calls run one after the other.  Those behind the running one had not begun; those before it
+        had ended, and their answers were lost on the way.  Threads run them in any order."""
+        if running is not None and self.task.template.options.max_concurrency == 1:
+            for index, task in enumerate(calls):
+                if task.spec.task_id == running:
+                    return index + 1
+        return len(calls)
+
+    def row(self) -> tuple[Any, ...]:
+        """Its row in the GCS (see schema.py)."""
+        worker = self.host
+        state = DEPENDENCIES_UNREADY if self.state == PENDING_CREATION and self.task.missing > 0 else self.state
+        return (
+            self.no, self.actor_id, self.task.template.no, self.options.class_name, self.options.name,
+            self.options.namespace, state, worker.client if worker else None, worker.pid if worker else None,
+            self.restarts, self.options.max_restarts, int(self.options.detached), int(self.created_s * 1e6),
+            int(self.died_s * 1e6) or None, self.death or None,
+        )  # fmt: skip
+
+
+class ActorTable:
+    def __init__(self) -> None:
+        self.actors: dict[bytes, Actor] = {}
+        self.names: dict[tuple[str, str], bytes] = {}  # (namespace, name) of live actors
+        self.dirty: dict[bytes, Actor] = {}  # rows to record
+        self._made = 0
+
+    def add(self, task: Task, options: ActorOptions, now: float) -> Actor | None:
+        """A new actor; None if its name is taken."""
+        actor_id = task.spec.task_id
+        if options.name is not None:
+            key = (options.namespace, options.name)
+            if key in self.names:
+                return None
+            self.names[key] = actor_id
+        self._made += 1
+        actor = self.actors[actor_id] = Actor(actor_id, self._made, task, options, now)
+        self.dirty[actor_id] = actor
+        return actor
+
+    def find(self, namespace: str, name: str) -> Actor | None:
+        """The live actor of that name."""
+        actor_id = self.names.get((namespace, name))
+        return self.actors[actor_id] if actor_id is not None else None
+
+    def free_name(self, actor: Actor) -> None:
+        name = actor.options.name
+        if name is not None and self.names.get((actor.options.namespace, name)) == actor.actor_id:
+            del self.names[(actor.options.namespace, name)]
+
+    def bury(self, actor: Actor, death: str, advice: str, now: float) -> None:
+        actor.state = DEAD
+        actor.worker = None
+        actor.death = death
+        actor.advice = advice
+        actor.died_s = now
+        self.free_name(actor)
+        self.dirty[actor.actor_id] = actor
+
+    def forget(self, actor: Actor) -> None:
+        """Nobody has a handle any more, and it is dead."""
+        self.actors.pop(actor.actor_id, None)

@@ -1,0 +1,448 @@
+"""The public functions: init, remote, get, wait, put, cancel, kill, shutdown and their kin.
+
+Thin: each checks what it is given, and calls the `CoreWorker` of this process.  Owns the
+one global of the library, `_core`: which session this process is part of.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+from minray import options
+from minray.core_worker import CoreWorker
+from minray.interrupts import raise_deferred
+from minray.object_ref import ObjectRef
+
+if TYPE_CHECKING:
+    from minray.actor import ActorClass, ActorHandle
+    from minray.policy import Policy
+    from minray.remote_function import RemoteFunction
+
+_core: CoreWorker | None = None
+_init_lock = threading.RLock()
+
+
+def core() -> CoreWorker:
+    """This process's part of the session; starts one if there is none."""
+    if _core is None:
+        _start({})
+        assert _core is not None
+    return _core
+
+
+def set_core(new: CoreWorker | None) -> None:
+    global _core
+    _core = new
+
+
+class Context(Mapping[str, Any]):
+    """What `init` returns: a mapping with what there is to know, and a context manager that ends the session."""
+
+    def __init__(self, facts: dict[str, Any]) -> None:
+        self.address_info = facts
+
+    def __getitem__(self, key: str) -> Any:
+        return self.address_info[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.address_info)
+
+    def __len__(self) -> int:
+        return len(self.address_info)
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        shutdown()
+
+    def disconnect(self) -> None:
+        shutdown()
+
+    def __repr__(self) -> str:
+        return f"minray.Context({self.address_info})"
+
+
+LEAST_STORE_BYTES = 1 << 20
+"""Less shared memory than this is hardly meant."""
+
+_ACCEPTED = {
+    "include_dashboard": "there is no dashboard: see `minray status`, `minray tasks`, minray.state",
+    "dashboard_host": "there is no dashboard",
+    "dashboard_port": "there is no dashboard",
+    "configure_logging": "minray sets up no logging",
+    "logging_level": "minray sets up no logging",
+    "logging_format": "minray sets up no logging",
+    "logging_config": "minray sets up no logging",
+    "_system_config": "it names internals of Ray",
+    "_redis_password": "there is no Redis",
+    "_node_ip_address": "nothing listens on one machine",
+    "_enable_object_reconstruction": "it names internals of Ray",
+}
+"""Options of Ray that a program may give and that have nothing to act on here; who asks for something is told."""
+_OWN = (
+    "address", "num_cpus", "num_gpus", "resources", "object_store_memory", "namespace", "log_to_driver",
+    "ignore_reinit_error", "history", "policy", "_memory",
+)  # fmt: skip
+_REFUSED = {
+    "runtime_env": "runtime environments are not supported yet; workers have the driver's environment and sys.path",
+    "job_config": "job configurations are not supported yet",
+    "local_mode": "local mode is not supported yet; a real session starts in milliseconds",
+    "labels": "nodes have no labels yet; declare resources={'name': 1} instead",
+    "storage": "durable jobs are not supported yet",
+    "job": "durable jobs are not supported yet",
+    "_temp_dir": "set the environment variable MINRAY_HOME instead",
+}
+
+
+def init(
+    address: str | None = None,
+    *,
+    num_cpus: float | None = None,
+    num_gpus: float | None = None,
+    resources: Mapping[str, float] | None = None,
+    object_store_memory: int | None = None,
+    namespace: str | None = None,
+    log_to_driver: bool = True,
+    ignore_reinit_error: bool = False,
+    history: int = 100_000,
+    policy: Policy | None = None,
+    **more: Any,
+) -> Context:
+    """Start a session: this process becomes its driver.
+
+    Needed only to say something about it; the first call of anything else starts one as well.
+
+    Args:
+        address: None or "local"; anything else is a ConnectionError (a cluster is not supported yet).
+        num_cpus: CPUs to schedule on; default: what affinity and cgroups allow this process.
+        num_gpus: GPUs to schedule on (they need not exist); default: those in CUDA_VISIBLE_DEVICES, else 0.
+        resources: amounts of resources of your own, by name.
+        object_store_memory: bytes of shared memory; default: 30 % of the machine's memory.
+        namespace: where names of actors are looked up; default: one of this session alone.
+        log_to_driver: show what workers print.
+        ignore_reinit_error: return the running session instead of raising when there is one.
+        history: how many finished tasks the GCS file keeps.
+        policy: a `minray.policy.Policy` with the scheduler's choices.
+        more: options of Ray that have nothing to act on here are accepted (include_dashboard, logging_level, …).
+
+    Returns:
+        A mapping with "address", "node_id", "session_dir"; also a context manager that calls `shutdown`.
+
+    Raises:
+        RuntimeError: there is a session already, or this is a worker.
+        TypeError: an option of another name, with the nearest one.
+
+    >>> with minray.init(num_cpus=2):
+    ...     minray.cluster_resources()["CPU"]
+    2.0
+    """
+    _check_init_options(more)
+    if address not in (None, "local"):
+        raise ConnectionError(
+            f"init(address={address!r}): there is no cluster to connect to. Leave address out to start a session here."
+        )
+    _check_kinds(namespace, log_to_driver, policy)
+    given = {
+        "num_cpus": num_cpus, "num_gpus": num_gpus, "resources": resources, "object_store_memory": object_store_memory,
+        "namespace": namespace, "log_to_driver": log_to_driver, "history": history, "policy": policy,
+        "memory": more.get("_memory"),
+    }  # fmt: skip
+    with _init_lock:
+        if _core is not None:
+            if not ignore_reinit_error:
+                where = "this is a worker of a session" if _core.client else "a session is running in this process"
+                raise RuntimeError(
+                    f"minray.init() was called, but {where} already. It was not changed. Call minray.shutdown() first "
+                    "(in the driver), leave init() out, or pass ignore_reinit_error=True to go on with that session."
+                )
+            return _context(_core)
+        return _start(given, announce=True)
+
+
+def _check_init_options(more: Mapping[str, Any]) -> None:
+    for name, value in more.items():
+        if name in _REFUSED:
+            if value:
+                raise NotImplementedError(f"init({name}=...): {_REFUSED[name]}.")
+        elif name in _ACCEPTED:
+            if value and name in ("include_dashboard", "_system_config"):
+                print(f"minray: init({name}=...) has no effect: {_ACCEPTED[name]}.", file=sys.stderr)
+        elif name not in _OWN:
+            known = dict.fromkeys((*_OWN, *_ACCEPTED))
+            raise TypeError(f"init() has no option {name!r}.{options.nearest(name, known)}")
+
+
+def _start(given: Mapping[str, Any], announce: bool = False) -> Context:
+    global _core
+    from minray import __version__, machine
+    from minray.driver import Driver
+
+    with _init_lock:
+        if _core is None:
+            memory = given.get("memory") or machine.total_memory_bytes() * 7 // 10
+            _core = Driver(  # If Ctrl-C was pressed meanwhile, that is felt below: there is a session by then.
+                resources=_resources(given, memory),
+                object_store_memory=_store_bytes(given),
+                namespace=given.get("namespace") or f"anonymous-{os.urandom(4).hex()}",
+                log_to_driver=given.get("log_to_driver", True),
+                history=_amount(given, "history", 100_000, whole=True),
+                policy=given.get("policy"),
+                version=__version__,
+                warn=lambda text: print(f"minray: {text}", file=sys.stderr),
+            )
+            raise_deferred()
+            if announce and sys.stderr is not None and sys.stderr.isatty():
+                cpus = _core.node.describe("resources").get("CPU", 0)
+                print(
+                    f"minray {__version__}: {cpus:g} CPUs, {_core.arena.capacity / 1e9:.1f} GB object store, "
+                    f"session {_core.session.name} (see it with: minray status)",
+                    file=sys.stderr,
+                )
+        return _context(_core)
+
+
+def _resources(given: Mapping[str, Any], memory: int) -> dict[str, float]:
+    from minray import machine
+
+    own = dict(given.get("resources") or {})
+    for name, amount in own.items():
+        if name in ("CPU", "GPU", "memory") or not isinstance(amount, (int, float)) or amount < 0:
+            raise ValueError(
+                f"init(resources={{{name!r}: {amount!r}}}): CPU, GPU and memory have options of their own "
+                "(num_cpus, num_gpus, _memory); amounts are numbers, 0 or more."
+            )
+    cpus = _amount(given, "num_cpus", None)
+    resources: dict[str, float] = {"CPU": machine.cpu_count() if cpus is None else cpus}
+    gpus = _amount(given, "num_gpus", None, whole=True)
+    if gpus is None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        gpus = len([gpu for gpu in visible.split(",") if gpu.strip() and gpu.strip() != "-1"])
+    if gpus:
+        resources["GPU"] = gpus
+    resources["memory"] = memory
+    return {**resources, **own}
+
+
+def _amount(given: Mapping[str, Any], name: str, default: Any, whole: bool = False) -> Any:
+    value = given.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise ValueError(f"init({name}=...) must be a number, 0 or more, got {value!r}.")
+    if whole and value != int(value):
+        raise ValueError(f"init({name}=...) must be a whole number, got {value!r}.")
+    return int(value) if whole else value
+
+
+def _check_kinds(namespace: Any, log_to_driver: Any, policy: Any) -> None:
+    from minray.policy import Policy
+
+    if namespace is not None and (not isinstance(namespace, str) or not namespace):
+        raise ValueError(f"init(namespace=...) must be a string that is not empty, got {namespace!r}.")
+    if not isinstance(log_to_driver, bool):
+        raise ValueError(f"init(log_to_driver=...) must be True or False, got {log_to_driver!r}.")
+    if policy is not None and not isinstance(policy, Policy):
+        raise ValueError(f"init(policy=...) must be a minray.policy.Policy, got {policy!r}.")
+
+
+def _store_bytes(given: Mapping[str, Any]) -> int | None:
+    amount: int | None = _amount(given, "object_store_memory", None, whole=True)
+    if amount is not None and amount < LEAST_STORE_BYTES:
+        raise ValueError(f"init(object_store_memory=...) must be at least {LEAST_STORE_BYTES:,} bytes, got {amount:,}.")
+    return amount
+
+
+def _context(core: CoreWorker) -> Context:
+    path = core.config["session"] if core.client else core.session.path  # type: ignore[attr-defined]
+    return Context({"address": "local", "node_id": core.node_id.hex(), "session_dir": path})
+
+
+def is_initialized() -> bool:
+    """Whether this process is part of a session."""
+    return _core is not None
+
+
+def shutdown() -> None:
+    """End the session: every process, all shared memory.  Without one it does nothing.
+
+    Arrays that came from `get` stay readable.  The history stays on disk (`minray tasks`).
+    """
+    global _core
+    with _init_lock:
+        if _core is None or _core.client:
+            return
+        ending, _core = _core, None
+        ending.close()  # type: ignore[attr-defined]
+        raise_deferred()
+
+
+atexit.register(shutdown)
+
+
+def _forget_in_child() -> None:
+    """A process that the driver forks is not part of the session; it may start its own."""
+    global _core, _init_lock
+    if _core is not None and not _core.client:
+        _forgotten.append(_core)  # Its finalizers would close what belongs to the parent.
+        _core.forget()  # type: ignore[attr-defined]
+        _core = None
+    _init_lock = threading.RLock()
+
+
+_forgotten: list[CoreWorker] = []
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
+@overload
+def remote(target: type, /) -> ActorClass: ...  # type: ignore[overload-overlap]  # a class is callable, too
+@overload
+def remote(target: Callable[..., Any], /) -> RemoteFunction[Any]: ...
+@overload
+def remote(**given: Any) -> Callable[[Any], Any]: ...
+
+
+def remote(*args: Any, **given: Any) -> Any:
+    """Make a function's calls tasks, or a class's instances actors.
+
+    Options of tasks: num_cpus (default 1), num_gpus, memory, resources, num_returns, name, max_retries (3),
+    retry_exceptions (False), scheduling_strategy.  Of actors: num_cpus (default 0), num_gpus, memory, resources,
+    name, namespace, get_if_exists, lifetime, max_concurrency, max_restarts, max_task_retries, max_pending_calls.
+
+    >>> @minray.remote(num_cpus=0.5, max_retries=0)
+    ... def half(x):
+    ...     return x / 2
+    >>> minray.get(half.remote(3))
+    1.5
+    """
+    if len(args) == 1 and not given and callable(args[0]):
+        return _make_remote(args[0], {})
+    if args or not given:
+        raise TypeError("remote is used as @minray.remote, or with options by name as @minray.remote(num_cpus=2).")
+    return lambda target: _make_remote(target, given)
+
+
+def _make_remote(target: Any, given: dict[str, Any]) -> Any:
+    from minray.actor import ActorClass
+    from minray.remote_function import RemoteFunction
+
+    if isinstance(target, type):
+        return ActorClass(target, options.check(given, options.ACTOR, "remote"))
+    if not callable(target):
+        raise TypeError(f"@minray.remote goes on a function or a class, got {target!r}.")
+    if isinstance(target, (RemoteFunction, ActorClass)):
+        name = target.__name__  # type: ignore[union-attr]
+        raise TypeError(f"{name} is remote already; to change its options: {name}.options(...)")
+    return RemoteFunction(target, options.check(given, options.TASK, "remote"))
+
+
+def get(refs: Any, *, timeout: float | None = None) -> Any:
+    """The value of an ObjectRef, or the list of values of a list of them; waits until they are ready.
+
+    Arrays are read-only views into shared memory.
+
+    Args:
+        refs: one ObjectRef or a list of them.
+        timeout: seconds to wait at most; None: without end.
+
+    Raises:
+        GetTimeoutError: not all were ready in time (it is a TimeoutError, too).
+        RayTaskError: the task raised; the error is an instance of the class of what it raised, too.
+        RayError: another of `minray.exceptions`: the worker crashed, the actor is dead, …
+
+    >>> minray.get([minray.put(1), minray.put(2)])
+    [1, 2]
+    """
+    return core().get(refs, timeout)
+
+
+def put(value: Any) -> ObjectRef[Any]:
+    """Store a value; tasks that get the ref as an argument share it without copies."""
+    return core().put(value)
+
+
+def wait(
+    refs: Sequence[ObjectRef[Any]], *, num_returns: int = 1, timeout: float | None = None, fetch_local: bool = True
+) -> tuple[list[ObjectRef[Any]], list[ObjectRef[Any]]]:
+    """Wait until `num_returns` of the refs are ready, or `timeout` seconds are over.
+
+    Returns:
+        (ready, not ready), each in the order given; `ready` has at most `num_returns`.
+
+    fetch_local has no effect on one machine.
+
+    >>> ready, rest = minray.wait([minray.put(1), minray.put(2)])
+    >>> len(ready), len(rest)
+    (1, 1)
+    """
+    return core().wait(refs, num_returns, timeout)
+
+
+def cancel(ref: ObjectRef[Any], *, force: bool = False, recursive: bool = True) -> None:
+    """Cancel a task: getting its result raises TaskCancelledError, unless it has finished.
+
+    A task that has not started will not; in one that runs KeyboardInterrupt is raised.  `force` kills its
+    worker instead; `recursive` cancels what it has submitted, too.  A running method of an actor goes on.
+    """
+    if type(ref) is not ObjectRef:
+        raise TypeError(
+            f"cancel() takes the ObjectRef that a task returned, got {ref!r}. To end an actor: minray.kill()"
+        )
+    core().cancel(ref, force, recursive)
+
+
+def kill(actor: ActorHandle, *, no_restart: bool = True) -> None:
+    """End an actor at once, as if its process had crashed; calls that are not done fail with ActorDiedError."""
+    from minray.actor import ActorHandle
+
+    if not isinstance(actor, ActorHandle):
+        raise ValueError(f"kill() takes an actor's handle, got {actor!r}. To end a task: minray.cancel(ref)")
+    core().kill_actor(actor._minray_id, no_restart)
+
+
+def cluster_resources() -> dict[str, float]:
+    """The resources of all nodes: {"CPU": 2.0, …}."""
+    result: dict[str, float] = _query("resources")
+    return result
+
+
+def available_resources() -> dict[str, float]:
+    """The resources that no task or actor holds now."""
+    result: dict[str, float] = _query("available")
+    return {name: amount for name, amount in result.items() if amount}
+
+
+def nodes() -> list[dict[str, Any]]:
+    """The nodes of the session, in Ray's words: NodeID, Alive, Resources, …"""
+    import socket
+
+    return [
+        {
+            "NodeID": core().node_id.hex(),
+            "Alive": True,
+            "NodeManagerHostname": socket.gethostname(),
+            "NodeManagerAddress": "127.0.0.1",
+            "Resources": _query("resources"),
+        }
+    ]
+
+
+def _query(what: str) -> Any:
+    from minray.messages import NodeQueried
+
+    current = core()
+    return current.ask(lambda rid: NodeQueried(current.client, rid, what))
+
+
+def flush_records(timeout: float = 30.0) -> str | None:
+    """Wait until the GCS has written what the node knows; the path of its file, None without a session."""
+    if _core is None:
+        return None
+    if _core.client:  # A worker: the file is being written by the driver's GCS.
+        return os.path.join(_core.config["session"], "gcs.sqlite")  # type: ignore[attr-defined]
+    return _core.flush_records(timeout)  # type: ignore[attr-defined, no-any-return]

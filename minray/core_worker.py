@@ -1,0 +1,522 @@
+"""What the driver and every worker can do alike: submit, put, get, wait.
+
+The public API calls these methods.  A `CoreWorker` turns values into bytes and back,
+makes IDs, counts references, and speaks with the node in the words of messages.py.
+How an event reaches the node is the subclass's: the driver has the node in its own
+process (driver.py), a worker has a socket (worker.py).
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import inspect
+import itertools
+import pickle
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from operator import countOf
+from time import monotonic
+from typing import Any, NoReturn
+
+import cloudpickle
+
+from minray import exceptions, ids, object_ref, object_store
+from minray.interrupts import uninterruptible
+from minray.loop import Loop, Waiter
+from minray.messages import (
+    ActorKillRequested, BlockRefused, BlockRequested, BlocksSpilled, CancelRequested, Event, FunctionExported,
+    ObjectPut, ObjectsAwaited, RequestAbandoned, RoomAbandoned, TemplateDefined, Value,
+)  # fmt: skip
+from minray.object_ref import ObjectRef, new_ref
+from minray.reference_counter import ReferenceCounter, References
+from minray.serialization import INLINE_LIMIT, Serialized, deserialize, flat_chunks, serialize, to_bytes, write_flat
+from minray.task_spec import ActorOptions, TaskOptions, TaskSpec
+
+REQUEST_TIMEOUT_S = 60.0
+"""For answers that depend on no task; the node is down if they take longer."""
+
+
+_first = threading.Lock()  # Two threads of a task that begin to count at once must not both begin at 1.
+
+
+class TaskContext:
+    """The task that a thread executes: who its children are."""
+
+    __slots__ = ("task_id", "options", "prefix", "children", "puts", "actor_id", "resources")
+
+    def __init__(self, task_id: bytes, options: TaskOptions | None, actor_id: bytes | None = None) -> None:
+        self.task_id = task_id
+        self.options = options
+        self.actor_id = actor_id
+        self.prefix = b""  # made with the first child
+        self.children: Any = None
+        self.puts: Any = None
+
+    def next_task_id(self) -> bytes:
+        if not self.prefix:
+            with _first:
+                if not self.prefix:
+                    self.children = itertools.count(1)
+                    self.prefix = ids.children_prefix(self.task_id)
+        return ids.pack_id(self.prefix, next(self.children), 0)
+
+    def next_put_id(self) -> bytes:
+        if self.puts is None:
+            with _first:
+                if self.puts is None:
+                    self.puts = itertools.count(1)
+        return ids.put_id(self.task_id, next(self.puts))
+
+
+class Resolved:
+    """Stands in pickled arguments for the value of the spec's dependency number `index`."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Resolved, (self.index,))
+
+
+class CoreWorker(ABC):
+    def __init__(self) -> None:
+        self.references: References = ReferenceCounter()
+        self.loop: Loop
+        self.arena: object_store.Arena
+        self.namespace = ""
+        self.job_id = b""
+        self.unpinned: deque[bytes] = deque()  # appended to by finalizers, in any thread
+        self._requests: dict[int, Waiter] = {}
+        self._request_ids = itertools.count(1)
+        self._templates: dict[TaskOptions, int] = {}
+        self._functions: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
+        self._export_lock = threading.Lock()
+        self.token = object()  # for remote functions, to note that they are known here; they must not keep the session
+
+    @property
+    def node_id(self) -> bytes:
+        return ids.pack_id(self.job_id[:8], 0, ids.NODE)
+
+    def connect(self) -> None:
+        """Count this process's refs here."""
+        object_ref.connect(lambda: self, self.references.born, self.references.dropped)
+
+    # ------------------------------------------------------------ what a subclass does
+
+    @abstractmethod
+    def send(self, event: Event) -> None:
+        """Tell the node, now or with the next frame, in order."""
+
+    @abstractmethod
+    def send_now(self, event: Event) -> None:
+        """Tell the node without delay: an answer is waited for."""
+
+    @abstractmethod
+    def submit_spec(self, spec: TaskSpec, num_returns: int) -> None: ...
+
+    @abstractmethod
+    def context(self) -> TaskContext: ...
+
+    @abstractmethod
+    def get_values(self, refs: Sequence[ObjectRef[Any]], deadline: float | None) -> list[Any]: ...
+
+    @abstractmethod
+    def ready_positions(self, refs: Sequence[ObjectRef[Any]], num_ready: int, deadline: float | None) -> list[int]:
+        """Where the ready ones stand, at most `num_ready`, once there are so many or time is over."""
+
+    client = 0
+
+    # ------------------------------------------------------------ requests
+
+    def request(self, make: Callable[[int], Event], deadline: float | None = None) -> Any:
+        """Send an event that is answered; return the answer.  Raises TimeoutError (and abandons it) at the deadline."""
+        waiter = Waiter()
+        request_id = next(self._request_ids)
+        self._requests[request_id] = waiter
+        try:
+            self.send_now(make(request_id))
+            if not self.loop.wait(waiter, deadline):
+                raise TimeoutError
+        except BaseException:
+            # Time is over, or Ctrl-C: whatever it is, nobody waits any more.
+            if self._requests.pop(request_id, None) is not None:
+                self.send_now(RequestAbandoned(self.client, request_id))
+            else:
+                self.answered_in_vain(waiter.answer)
+            raise
+        return waiter.answer
+
+    def ask(self, make: Callable[[int], Event]) -> Any:
+        return self.request(make, monotonic() + REQUEST_TIMEOUT_S)
+
+    def answered(self, request_id: int, answer: Any) -> Waiter | None:
+        """The waiter whose answer came (to be set when no lock is held), None if it has given up."""
+        waiter = self._requests.pop(request_id, None)
+        if waiter is not None:
+            waiter.answer = answer
+        return waiter
+
+    def answered_in_vain(self, answer: Any) -> None:
+        """Nobody will look at it: values in it are not pinned any longer."""
+        if type(answer) is list:
+            self.unpin_unread(item for item in answer if type(item) is tuple and type(item[-1]) is bytes)
+
+    def end_futures(self, why: str) -> None:
+        """No more answers will come: who waits for a future is told."""
+        for request_id, waiter in list(self._requests.items()):
+            if isinstance(waiter, _FutureWaiter) and self._requests.pop(request_id, None) is not None:
+                waiter.fail(RuntimeError(why))
+
+    # ------------------------------------------------------------ functions
+
+    def export(self, function: Any) -> bytes:
+        """The ID of a function or class that the node knows from now on."""
+        try:
+            return self._functions[function]
+        except (KeyError, TypeError):
+            pass
+        with self._export_lock:
+            pickled = serialize_function(function)
+            function_id = hashlib.blake2b(pickled, digest_size=16).digest()
+            name = name_of(function)
+            module = getattr(function, "__module__", "") or ""
+            self.send(FunctionExported(self.client, function_id, pickled, name, module, _source_of(function)))
+            try:
+                self._functions[function] = function_id
+            except TypeError:
+                pass  # Not weakly referable: exported again at each use, to the same ID.
+        return function_id
+
+    def template(self, options: TaskOptions) -> int:
+        """The number under which the node knows these options."""
+        number = self._templates.get(options)
+        if number is None:
+            with self._export_lock:
+                number = self._templates.get(options)
+                if number is None:
+                    number = len(self._templates) + 1
+                    self.send(TemplateDefined(self.client, number, options))
+                    self._templates[options] = number  # Only now: other threads use it without the lock.
+        return number
+
+    # ------------------------------------------------------------ submitting
+
+    def submit(
+        self,
+        template_no: int,
+        num_returns: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        actor_id: bytes | None = None,
+        actor: ActorOptions | None = None,
+        task_id: bytes | None = None,
+    ) -> list[ObjectRef[Any]]:
+        if task_id is None:
+            task_id = self.context().next_task_id()
+        stored = None  # Keeps large arguments until the task has taken them over.
+        if args or kwargs:
+            spec, stored = self._spec_with_arguments(task_id, template_no, args, kwargs, actor_id, actor)
+        else:
+            spec = TaskSpec(task_id, template_no, None, (), (), actor_id, actor)
+        # The refs first: should Ctrl-C come in between, they drop what was submitted.
+        if num_returns == 1:
+            refs = [new_ref(task_id)]
+        else:
+            refs = [new_ref(ids.return_id(task_id, index)) for index in range(num_returns)]
+        self.submit_spec(spec, num_returns)
+        del stored
+        return refs
+
+    def _spec_with_arguments(
+        self,
+        task_id: bytes,
+        template_no: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        actor_id: bytes | None,
+        actor: ActorOptions | None,
+    ) -> tuple[TaskSpec, ObjectRef[Any] | None]:
+        deps: list[bytes] = []
+
+        def resolve(value: Any) -> Any:
+            if type(value) is ObjectRef:
+                deps.append(bytes(value))
+                return Resolved(len(deps) - 1)
+            return value
+
+        if ObjectRef in map(type, args):
+            args = tuple(map(resolve, args))
+        if kwargs and ObjectRef in map(type, kwargs.values()):
+            kwargs = {name: resolve(value) for name, value in kwargs.items()}
+        serialized = serialize([args, kwargs], "args, kwargs") if kwargs else serialize(args, "args")
+        stored = None
+        if serialized.size <= INLINE_LIMIT:
+            data = to_bytes(serialized)
+        else:
+            # Too large for a message: the arguments become an object, the last dependency.
+            stored = self._put_serialized(serialized)
+            deps.append(bytes(stored))
+            data = b""
+        return TaskSpec(task_id, template_no, data, tuple(deps), serialized.refs, actor_id, actor), stored
+
+    # ------------------------------------------------------------ values in
+
+    def put(self, value: Any) -> ObjectRef[Any]:
+        if type(value) is ObjectRef:
+            raise TypeError(
+                "put() takes a value, got an ObjectRef: what it refers to is in the store already. "
+                "To store the ref itself, put it in a list: minray.put([ref])"
+            )
+        return self._put_serialized(serialize(value))
+
+    def _put_serialized(self, serialized: Serialized) -> ObjectRef[Any]:
+        object_id = self.context().next_put_id()
+        self.references.adopt(object_id)
+        ref = new_ref(object_id)
+        try:
+            self.send(ObjectPut(self.client, object_id, self.store(object_id, serialized)))
+        except BaseException:
+            # No room, or Ctrl-C; nothing happens if the node has taken the object over already.
+            self.send(RoomAbandoned(self.client, object_id))
+            raise
+        return ref
+
+    def store(self, object_id: bytes, serialized: Serialized) -> Value:
+        """Put the bytes where they belong: into the message, into shared memory, or into a file."""
+        size = serialized.size
+        if size <= INLINE_LIMIT:
+            return (to_bytes(serialized), size, serialized.refs)
+        answer = self.ask(lambda rid: BlockRequested(self.client, rid, object_id, size))
+        while True:
+            kind = answer[0]
+            if kind == "block":
+                offset, fresh = answer[1], answer[2]
+                try:
+                    if fresh:
+                        self.arena.back(offset, size)
+                except OSError:
+                    answer = self.ask(lambda rid: BlockRefused(self.client, rid, object_id, offset, size))  # noqa: B023
+                    continue
+                write_flat(serialized, self.arena.write_view(offset, size))
+                return (offset, size, serialized.refs)
+            if kind == "spill":
+                spilled = [(victim, self._spill(offset, length, path)) for victim, offset, length, path in answer[1]]
+                answer = self.ask(lambda rid: BlocksSpilled(self.client, rid, spilled, object_id, size))  # noqa: B023
+                continue
+            path = answer[1]
+            try:
+                object_store.write_file(path, *flat_chunks(serialized))
+            except OSError as error:
+                raise exceptions.ObjectStoreFullError(
+                    f"an object of {size:,} bytes found no room: the object store ({self.arena.capacity:,} bytes) is "
+                    f"in use, and the disk took no more either ({error}). Nothing was stored. Drop refs or arrays that "
+                    "are not needed, free disk space, or give minray.init(object_store_memory=...) more."
+                ) from error
+            return (path, size, serialized.refs)
+
+    def _spill(self, offset: int, size: int, path: str) -> str:
+        """Write an object to its file; '' if that cannot be."""
+        try:
+            object_store.write_file(path, self.arena.write_view(offset, size))
+        except OSError:
+            return ""
+        return path
+
+    # ------------------------------------------------------------ values out
+
+    def load(self, object_id: bytes, data: Any, size: int) -> Any:
+        """The value of fetched data; views into shared memory stay pinned until they are gone."""
+        return deserialize(data if type(data) is bytes else self.view(object_id, data, size))
+
+    @uninterruptible  # An exception after the finalizer is there, and it would be unpinned twice.
+    def view(self, object_id: bytes, data: Any, size: int) -> memoryview:
+        """What is pinned is unpinned once: when the last view of it has gone, or here and now if there can be none."""
+
+        @uninterruptible
+        def unpin() -> None:
+            self.unpinned.append(object_id)
+            object_ref.rouse()
+
+        try:
+            if type(data) is int:
+                return self.arena.pinned_view(data, size, unpin)
+            return object_store.map_file(data, unpin)
+        except BaseException:
+            unpin()
+            raise
+
+    def unpin_unread(self, fetched: Iterable[Any]) -> None:
+        """Values that were sent, and that nobody will look at."""
+        for item in fetched:
+            if item is not None and type(item[0]) is not bytes:
+                self.unpinned.append(item[3])
+
+    def load_or_raise(self, data: Any, size: int, is_error: bool, object_id: bytes) -> Any:
+        if is_error:
+            raise_stored(self.load(object_id, data, size))
+        return self.load(object_id, data, size)
+
+    def take_unpinned(self) -> list[bytes]:
+        return [self.unpinned.popleft() for _ in range(len(self.unpinned))]
+
+    # ------------------------------------------------------------ waiting
+
+    def get(self, refs: Any, timeout: float | None) -> Any:
+        deadline = None if timeout is None or timeout < 0 else monotonic() + timeout
+        if type(refs) is ObjectRef:
+            return self.get_values((refs,), deadline)[0]
+        if not isinstance(refs, (list, tuple)):
+            refs = self._explain_no_refs("get", refs)
+        for ref in refs:
+            if type(ref) is not ObjectRef:
+                self._explain_no_refs("get", ref, "a list with ")
+        return self.get_values(refs, deadline)
+
+    @staticmethod
+    def _explain_no_refs(what: str, got: Any, where: str = "") -> Any:
+        hint = ""
+        if hasattr(got, "remote"):
+            name = getattr(got, "__name__", "f")
+            hint = f" Did you mean {what}({name}.remote(...))?"
+        elif isinstance(got, (set, frozenset)) or hasattr(got, "__next__"):
+            hint = f" Did you mean {what}(list(...))?"
+        elif what == "wait" and isinstance(got, ObjectRef):
+            hint = " Did you mean wait([ref])?"
+        elif what == "get" and not where:
+            hint = " A value needs no get()."
+        raise TypeError(
+            f"{what}() takes an ObjectRef or a list of them, got {where}{_describe(got)}.{hint}"
+            if what == "get"
+            else f"{what}() takes a list of ObjectRefs, got {where}{_describe(got)}.{hint}"
+        )
+
+    def wait(
+        self, refs: Any, num_returns: int, timeout: float | None
+    ) -> tuple[list[ObjectRef[Any]], list[ObjectRef[Any]]]:
+        if not isinstance(refs, (list, tuple)):
+            self._explain_no_refs("wait", refs)
+        if not refs:
+            return [], []
+        if countOf(map(type, refs), ObjectRef) != len(refs):  # In C: who drains refs one by one looks at all each time.
+            for ref in refs:
+                if type(ref) is not ObjectRef:
+                    self._explain_no_refs("wait", ref, "a list with ")
+        if len(set(refs)) != len(refs):
+            raise ValueError(f"wait() takes each ObjectRef once; {len(refs) - len(set(refs))} of them came twice.")
+        if type(num_returns) is not int or not 0 < num_returns <= len(refs):
+            raise ValueError(
+                f"wait(num_returns=...) must be between 1 and the number of refs ({len(refs)}), got {num_returns!r}."
+            )
+        deadline = None if timeout is None else monotonic() + timeout
+        positions = self.ready_positions(refs, num_returns, deadline)
+        if len(positions) == 1:  # Draining one by one: slices are 50 times faster than looking at each.
+            (at,) = positions
+            return [refs[at]], [*refs[:at], *refs[at + 1 :]]
+        chosen = set(positions)
+        return [refs[at] for at in positions], [ref for at, ref in enumerate(refs) if at not in chosen]
+
+    def future(self, ref: ObjectRef[Any]) -> concurrent.futures.Future[Any]:
+        result: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        waiter = _FutureWaiter(self, ref, result)
+        request_id = next(self._request_ids)
+        self._requests[request_id] = waiter
+        # The ref itself is kept by the waiter; plain bytes travel.
+        self.send_now(ObjectsAwaited(self.client, request_id, [bytes(ref)], 1, True, False))
+        return result
+
+    # ------------------------------------------------------------ the rest
+
+    def cancel(self, ref: ObjectRef[Any], force: bool, recursive: bool) -> None:
+        if not force:
+            self.send_now(CancelRequested(self.client, bytes(ref), force, recursive))
+        elif not self.ask(lambda rid: CancelRequested(self.client, bytes(ref), force, recursive, rid)):
+            raise ValueError(
+                "cancel(force=True) would end the actor whose call this is, with all its other calls. Nothing was "
+                "cancelled. Without force the call is cancelled if it has not begun; minray.kill(handle) ends the "
+                "actor."
+            )
+
+    def kill_actor(self, actor_id: bytes, no_restart: bool) -> None:
+        self.send_now(ActorKillRequested(self.client, actor_id, no_restart))
+
+
+class _FutureWaiter(Waiter):
+    """Sets a future instead of waking a thread."""
+
+    __slots__ = ("_core", "_ref", "_future")
+
+    def __init__(self, core: CoreWorker, ref: ObjectRef[Any], future: concurrent.futures.Future[Any]) -> None:
+        super().__init__()
+        self._core = core
+        self._ref = ref
+        self._future = future
+
+    def set(self, answer: Any = None) -> None:
+        self.done = True
+        if not self._future.set_running_or_notify_cancel():
+            self._core.unpin_unread(answer or ())
+            return
+        try:
+            # A worker is sent the value; the driver has it in its table.  Neither waits: this runs in the loop.
+            value = self._core.load_or_raise(*answer[0]) if answer else self._core.get_values((self._ref,), None)[0]
+        except BaseException as error:
+            self._future.set_exception(error)
+        else:
+            self._future.set_result(value)
+
+    def fail(self, error: BaseException) -> None:
+        self.done = True
+        if self._future.set_running_or_notify_cancel():
+            self._future.set_exception(error)
+
+
+def raise_stored(error: BaseException) -> NoReturn:
+    """Raise an error object: a task's error as an instance of the cause's class as well.
+
+    No frame keeps the error: with its traceback that would be a cycle, which keeps the caller's
+    refs and arrays until the garbage collector comes."""
+    try:
+        raise (error.as_instanceof_cause() if isinstance(error, exceptions.RayTaskError) else error) from None
+    finally:
+        del error
+
+
+def serialize_function(function: Any) -> bytes:
+    """Functions and classes travel by cloudpickle.  Raises TypeError naming what cannot be pickled."""
+    serialized = serialize(function, getattr(function, "__name__", "function"))
+    return to_bytes(serialized)
+
+
+def name_of(function: Any) -> str:
+    """Not everything that can be called has a name: partial objects do not."""
+    return str(getattr(function, "__qualname__", type(function).__name__))
+
+
+def _source_of(function: Any) -> str | None:
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return None
+
+
+def _describe(thing: Any) -> str:
+    kind = type(thing).__name__
+    name = getattr(thing, "__name__", None)
+    if hasattr(thing, "remote"):
+        return f"the remote function {name}" if name else f"a {kind}"
+    text = repr(thing)
+    return f"{kind} {text if len(text) < 60 else text[:57] + '...'}"
+
+
+def pickle_classes(classes: Iterable[type]) -> bytes:
+    return bytes(cloudpickle.dumps(tuple(classes), protocol=5))
+
+
+def unpickle_classes(data: bytes) -> tuple[type, ...]:
+    return tuple(pickle.loads(data))

@@ -1,0 +1,348 @@
+"""The driver's side of the API: a CoreWorker with the node in its own process.
+
+Owns what belongs to a session: the directory, the arena, the zygote, the raylet, and
+their orderly end.  A get() of something small that is ready is one look into the node's
+table, without a lock (its entries only ever change from pending to ready).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, suppress
+from itertools import compress, count, islice
+from operator import attrgetter
+from time import monotonic
+from types import FrameType
+from typing import Any
+
+from minray import clock, ids, machine
+from minray.core_worker import CoreWorker, TaskContext, raise_stored
+from minray.exceptions import GetTimeoutError
+from minray.interrupts import interrupt, interruptible, raise_deferred, uninterruptible
+from minray.loop import Loop, Waiter
+from minray.messages import DRIVER, Event, NodeQueried, ObjectsAwaited
+from minray.node import Node
+from minray.object_ref import ObjectRef
+from minray.object_store import Arena, plan_arena
+from minray.output import OutputPrinter, print_lines
+from minray.policy import Policy
+from minray.raylet import Raylet
+from minray.reference_counter import References
+from minray.serialization import deserialize
+from minray.session import Session, finish_session, identify, sweep
+from minray.task_spec import UNIT, TaskSpec
+from minray.worker import BLACK_BOX_BYTES, black_box_offset, hold_offset
+from minray.zygote import ZygoteClient
+
+COMMIT_TIMEOUT_S = 30.0
+_data_of = attrgetter("data")  # Of an ObjectEntry: None, so false, while it is pending; never empty or 0 later.
+
+
+class Driver(CoreWorker):
+    @uninterruptible
+    def __init__(
+        self,
+        resources: dict[str, float],
+        object_store_memory: int | None,
+        namespace: str,
+        log_to_driver: bool,
+        history: int,
+        policy: Policy | None,
+        version: str,
+        warn: Callable[[str], None],
+    ) -> None:
+        super().__init__()
+        self.references = References()
+        self._guard: Any = None  # the handler of SIGINT that was set here last, and the one before it
+        self._unguarded: Any = None
+        self._main_thread = threading.main_thread().ident
+        self._guard_interrupts()
+        with ExitStack() as undo:  # Should anything fail here, nothing stays.
+            undo.callback(self._unguard_interrupts)
+            sweep()
+            self.session = Session.create()
+            undo.callback(self.session.finish)
+            self.namespace = namespace
+            self.started_s = clock.now()
+            self.version = version
+            self.job_id = ids.root_task_id(os.urandom(16))  # A job is a driver's run, and the driver is its root task.
+            self._root = TaskContext(self.job_id, None)
+            plan = plan_arena(object_store_memory, machine.total_memory_bytes(), self.session.path)
+            if plan.warning:
+                warn(plan.warning)
+            self.session.note(arena=plan.name)
+            self.zygote = ZygoteClient(
+                {
+                    "driver": os.getpid(),
+                    "session": self.session.path,
+                    "arena": plan.name,
+                    "history": history,
+                    "log_to_driver": log_to_driver,
+                    "preload": ["numpy"] if "numpy" in sys.modules else [],
+                    "namespace": namespace,
+                    "job_id": self.job_id,
+                    "gpus": _visible_gpus(int(resources.get("GPU", 0))),
+                    "environment": {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ},
+                },
+                on_start=lambda pid: self.session.note(zygote=identify(pid)),
+            )
+            undo.callback(self.zygote.close)
+            self.arena = Arena.create(plan.name, plan.capacity)
+            undo.callback(self.arena.close)
+            self.arena.back(0, BLACK_BOX_BYTES)
+            spill = os.path.join(self.session.path, "spill")
+            self.node = Node(
+                {name: round(amount * UNIT) for name, amount in resources.items()},
+                plan.capacity,
+                lambda object_id: os.path.join(spill, object_id.hex()),
+                policy,
+                session_id=self.job_id[:8],
+            )
+            self.node.lineage.arena.allocate(BLACK_BOX_BYTES)
+            self._printer = OutputPrinter(self._log_of)
+            self._pending_lines: list[tuple[str, str]] = []
+            self._printing = False  # lines are pending, or repeated ones are being counted
+            self.raylet = Raylet(
+                self.node, self.zygote, self._root.task_id, self.references, self.unpinned, self.answered,
+                self._print_output, self._running_task, self._hold_next,
+            )  # fmt: skip
+            undo.callback(self.raylet.close)
+            self.loop = Loop(self._poll, self.raylet.wake, "minray-loop")
+            self.connect()
+            self.raylet.start(self.node.scheduler.pool_size)
+            with self.raylet.lock:
+                self.raylet.record(self._first_rows(resources, plan.capacity))
+            self.loop.start()
+            undo.pop_all()
+
+    def _first_rows(self, resources: dict[str, float], capacity: int) -> dict[str, list[tuple[Any, ...]]]:
+        import json
+
+        self._job_row = [
+            1, self.job_id, None, " ".join(sys.argv)[:1000] or "python", os.getpid(), 0, int(self.started_s * 1e6),
+            None, self.version, sys.version.split()[0], self.namespace, json.dumps(resources),
+        ]  # fmt: skip
+        node_row = (1, self.node_id, socket.gethostname(), 0, json.dumps(resources), capacity)
+        return {"jobs": [tuple(self._job_row)], "nodes": [node_row]}
+
+    # ------------------------------------------------------------ Ctrl-C
+
+    def _guard_interrupts(self) -> None:
+        """Defer a KeyboardInterrupt that would come in the middle of a change to the tables.
+
+        Called again before each wait: a session may have been started by another thread, and a notebook sets
+        the handler anew for each cell.
+        """
+        old = signal.getsignal(signal.SIGINT)
+        if old is self._guard or not callable(old) or threading.get_ident() != self._main_thread:
+            return
+
+        def guard(number: int, at: FrameType | None) -> None:
+            interrupt(at, lambda: old(number, at))
+
+        self._guard, self._unguarded = guard, old
+        signal.signal(signal.SIGINT, guard)
+
+    def _unguard_interrupts(self) -> None:
+        if self._guard is not None and signal.getsignal(signal.SIGINT) is self._guard:
+            with suppress(ValueError):  # Not in the main thread.
+                signal.signal(signal.SIGINT, self._unguarded)
+
+    # ------------------------------------------------------------ output of workers
+
+    def _log_of(self, pid: int) -> str:
+        return os.path.join(self.session.path, "logs", f"(pid {pid})")
+
+    def _print_output(self, number: int, pid: int, stream: str, data: bytes, label: str) -> None:
+        label = label or (f"worker {number}" if number > 0 else "gcs")
+        self._pending_lines += self._printer.feed(label, pid, stream, data, monotonic())
+        self._printing = True
+
+    def _poll(self, timeout: float | None, caretaking: bool) -> None:
+        deadline = self._printer.next_deadline() if self._printing else None
+        if deadline is not None:
+            left = max(0.0, deadline - monotonic())
+            timeout = left if timeout is None or left < timeout else timeout
+        try:
+            self.raylet.poll(timeout, caretaking)
+        finally:
+            if self.raylet.broken:
+                self.end_futures(self.raylet.broken)
+        if self.raylet.warning:
+            self._show([("stderr", f"minray: {self.raylet.warning}")])
+            self.raylet.warning = ""
+        if self._printing:
+            lines, self._pending_lines = self._pending_lines, []
+            lines += self._printer.tick(monotonic())
+            self._printing = self._printer.next_deadline() is not None
+            self._show(lines)
+
+    @interruptible  # A terminal may be stopped, a pipe full.
+    def _show(self, lines: list[tuple[str, str]]) -> None:
+        print_lines(lines)
+
+    def _running_task(self, number: int) -> bytes | None:
+        task_id = bytes(self.arena.write_view(black_box_offset(number), 16))
+        return None if task_id in (ids.NIL, b"\0" * 16) else task_id
+
+    def _hold_next(self, number: int, on: bool) -> None:
+        self.arena.write_view(hold_offset(number), 1)[0] = on
+        if not on:  # A new worker: what stands there is of one long gone.
+            self.arena.write_view(black_box_offset(number), 16)[:] = ids.NIL
+
+    # ------------------------------------------------------------ CoreWorker
+
+    def context(self) -> TaskContext:
+        return self._root
+
+    def send(self, event: Event) -> None:
+        self.raylet.handle(event)
+
+    send_now = send
+
+    def submit_spec(self, spec: TaskSpec, num_returns: int) -> None:
+        self.raylet.submit(spec)
+
+    def get_values(self, refs: Sequence[ObjectRef[Any]], deadline: float | None) -> list[Any]:
+        objects = self.node.objects
+        if self.raylet.submitted:
+            self.raylet.drain()
+        values = []
+        for ref in refs:
+            entry = objects.get(ref)
+            if entry is None or entry.data is None:
+                self._await(refs, deadline)
+                entry = objects[ref]
+                if entry.data is None:
+                    continue  # Another one is an error, and get() was told at once.
+            if type(entry.data) is bytes:
+                if entry.is_error:
+                    raise_stored(deserialize(entry.data))
+                values.append(deserialize(entry.data))
+            else:
+                data = self._fetch(ref)
+                raise_deferred()
+                if entry.is_error:
+                    raise_stored(deserialize(data))
+                values.append(deserialize(data))
+        return values
+
+    @uninterruptible  # Between the pin and the view that ends it.
+    def _fetch(self, ref: ObjectRef[Any]) -> bytes | memoryview:
+        with self.raylet.lock:
+            data, size, _, object_id = self.node.fetch_for_driver(bytes(ref))
+        return data if type(data) is bytes else self.view(object_id, data, size)
+
+    def _await(self, refs: Sequence[ObjectRef[Any]], deadline: float | None) -> None:
+        self._guard_interrupts()
+        try:
+            self.request(
+                lambda rid: ObjectsAwaited(DRIVER, rid, refs, len(refs), True, False), deadline  # type: ignore[arg-type]
+            )
+        except TimeoutError:
+            pending = [ref for ref in refs if self.node.objects[ref].data is None]
+            if not pending:
+                return  # The last one came in this moment.
+            first = self.node.objects[pending[0]].task
+            what = f" (the first of them from {first.template.options.name}())" if first is not None else ""
+            raise GetTimeoutError(
+                f"get() waited for {len(refs)} object(s); {len(pending)} of them{what} were not ready in time. "
+                "Their tasks go on; get() may be called again, minray.cancel() ends them."
+            ) from None
+
+    def ready_positions(self, refs: Sequence[ObjectRef[Any]], num_ready: int, deadline: float | None) -> list[int]:
+        if self.raylet.submitted:
+            self.raylet.drain()
+        found = self._look(refs, num_ready)
+        if len(found) == num_ready:
+            return found
+        if deadline is not None and deadline <= monotonic():
+            self.loop_once()
+        else:
+            with suppress(TimeoutError):
+                self.request(
+                    lambda rid: ObjectsAwaited(DRIVER, rid, refs, num_ready, False, False), deadline  # type: ignore[arg-type]
+                )
+        return self._look(refs, num_ready)
+
+    def _look(self, refs: Sequence[ObjectRef[Any]], num_ready: int) -> list[int]:
+        """All in C, 0.05 µs a ref: draining 1,000 refs one by one looks at half a million."""
+        data = map(_data_of, map(self.node.objects.get, refs))
+        try:
+            return list(islice(compress(count(), data), num_ready))
+        except AttributeError:
+            raise_freed(next(ref for ref in refs if ref not in self.node.objects))
+            raise
+
+    def loop_once(self) -> None:
+        """wait(timeout=0): take in what has come, and what comes within half a millisecond."""
+        self.loop.wait(Waiter(), monotonic() + 0.0005)
+
+    def future(self, ref: ObjectRef[Any]) -> Future[Any]:
+        result = super().future(ref)
+        if self.raylet.broken:
+            self.end_futures(self.raylet.broken)
+        return result
+
+    def query(self, what: str) -> Any:
+        return self.ask(lambda rid: NodeQueried(DRIVER, rid, what))
+
+    # ------------------------------------------------------------ the GCS
+
+    def flush_records(self, timeout: float = COMMIT_TIMEOUT_S) -> str:
+        """Wait until everything that the node knows is committed; the path of the file."""
+        seq = self.raylet.flush_now()
+        deadline = monotonic() + timeout
+        while not self.raylet.is_committed(seq):
+            if monotonic() > deadline:
+                why = f": {self.raylet.gcs_error}" if self.raylet.gcs_error else ""
+                raise TimeoutError(f"the GCS did not write everything within {timeout:g} s{why}")
+            self.loop_once()
+        return os.path.join(self.session.path, "gcs.sqlite")
+
+    # ------------------------------------------------------------ the end
+
+    def forget(self) -> None:
+        """In a process that the driver has forked: let go of what is the driver's."""
+        self.raylet.forget()
+
+    @uninterruptible
+    def close(self) -> None:
+        """End every process of the session and remove what it used; live arrays stay readable."""
+        self._job_row[5], self._job_row[7] = 1, int(clock.now() * 1e6)
+        with suppress(Exception):
+            self.raylet.flush_now()
+            with self.raylet.lock:
+                self.raylet.record({"jobs": [tuple(self._job_row)]})
+        self.loop.close()
+        self.end_futures("minray was shut down while this future was waited for")
+        self.raylet.close()
+        clean = self.zygote.close(self._on_last_notice)
+        print_lines(self._pending_lines + self._printer.close_all(monotonic()))
+        if not clean:
+            finish_session(self.session.path, self.arena.name)
+        self.arena.close()
+        self._unguard_interrupts()
+
+    def _on_last_notice(self, notice: tuple[Any, ...]) -> None:
+        if notice[0] == "output":
+            self._print_output(*notice[1:])
+
+
+def _visible_gpus(count: int) -> list[int | str]:
+    """What CUDA calls the session's GPUs, if this process was given some; [] if they are numbered from 0."""
+    names = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return [int(name) if name.isdecimal() else name for name in names] if 0 < count <= len(names) else []
+
+
+def raise_freed(ref: bytes) -> None:
+    raise ValueError(
+        f"ObjectRef {ids.short(ref)} is not of this session: it was made before the last shutdown(), "
+        "or by another driver."
+    )

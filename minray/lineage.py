@@ -1,0 +1,410 @@
+"""Which objects and tasks there are, and what keeps them: the object table and the task table.
+
+Pure: no process, clock or file.  Owns the entries of both tables, reference counts,
+pins and the waiting lists that hang on an object.  It does not know workers, queues or
+resources; it tells its node what became runnable, which requests were fulfilled, and which
+files to delete, through the three callbacks it is given.
+
+The life of an object: *pending* (its task has not finished), *ready* (inline, in the
+arena, or in a file), *freed*.  Three counts keep it:
+
+* ``refs``: processes that hold an ObjectRef to it, tasks not yet finished that need it,
+  and live objects that contain it.  At 0 the value can go.
+* ``pins``: views into its memory in some process.  While there are any, the memory must
+  neither move nor be used again, even when nobody holds a ref any more.
+* a task stands in the task table until it has finished and all its returns are freed:
+  that is the lineage from which a lost object can be made again.
+
+Left out: weak references and cycles through actors (an object in an actor's state that
+holds the actor's own handle keeps both).  Ray has the same limit.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Union
+
+from minray import ids
+from minray.exceptions import error_payload
+from minray.messages import Value
+from minray.object_store import Allocator
+from minray.task_spec import (
+    ACTOR_CREATION, ACTOR_METHOD, ARENA, FAILED, FINISHED, INLINE, PENDING_ARGS_AVAIL, SPILLED, TaskOptions, TaskSpec,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from minray.scheduler import Shape, WorkerRecord
+
+
+class Template:
+    """`TaskOptions` as the node keeps them: with a number, a queue, and what it has learned."""
+
+    __slots__ = ("no", "options", "shape", "mean_s", "max_s", "may_repeat")
+
+    def __init__(self, no: int, options: TaskOptions, shape: Shape) -> None:
+        self.no = no  # the node's own number, the same on every wire and in the GCS
+        self.options = options
+        self.shape = shape  # the queue of all tasks with these resources
+        self.mean_s: float | None = None  # moving average of the run time; None: never ran
+        self.max_s = 0.0  # decaying maximum of it: what a neighbour may have to wait for
+        # With max_retries=0 a task must not run twice because its result was still on its way (an actor dies whole).
+        self.may_repeat = options.max_retries != 0 or options.kind == ACTOR_METHOD
+
+
+class Task:
+    """An execution of a spec, over all its attempts.  The scheduler alone changes `state` and `worker`."""
+
+    __slots__ = (
+        "spec", "template", "no", "parent_no", "client", "state", "attempt", "retries_left", "missing", "worker",
+        "live_returns", "last_child", "caller", "cancelled", "error", "result_bytes", "submitted_s", "started_s",
+        "finished_s", "dirty",
+    )  # fmt: skip
+
+    caller: int | bytes  # of an actor's call: whose calls it stays in order with (see actor_table)
+
+    def __init__(self, spec: TaskSpec, template: Template, no: int, parent_no: int, client: int, now: float) -> None:
+        self.spec = spec
+        self.template = template
+        self.no = no  # counts up over the session: the row number in the GCS
+        self.parent_no = parent_no
+        self.client = client  # the process that submitted it
+        self.state = PENDING_ARGS_AVAIL
+        self.attempt = 0  # how often it was handed to a worker for good
+        self.retries_left = template.options.max_retries
+        self.missing = 0  # dependencies that are not ready
+        self.worker: WorkerRecord | None = None  # that it was last handed to, also once it has ended
+        self.live_returns = 0  # entries of its returns that are not freed
+        self.last_child = 0  # how many tasks it has submitted: with its ID that tells theirs
+        self.cancelled = False
+        self.error: str | None = None  # one line, once FAILED
+        self.result_bytes = 0
+        self.submitted_s = now
+        self.started_s = 0.0
+        self.finished_s = 0.0
+        self.dirty = False  # stands in the list of rows to record
+
+
+class Request:
+    """A process waits for objects, or for room."""
+
+    __slots__ = ("client", "request_id", "object_ids", "remaining", "fetch", "blocks")
+
+    def __init__(
+        self, client: int, request_id: int, object_ids: list[bytes], remaining: int, fetch: bool, blocks: bool
+    ) -> None:
+        self.client = client
+        self.request_id = request_id
+        self.object_ids = object_ids
+        self.remaining = remaining  # objects that must still become ready; 0: answered or abandoned
+        self.fetch = fetch
+        self.blocks = blocks
+
+
+class ObjectEntry:
+    __slots__ = ("object_id", "data", "size", "is_error", "refs", "pins", "nested", "waiters", "task", "no")
+
+    def __init__(self, object_id: bytes, task: Task | None, refs: int) -> None:
+        self.object_id = object_id
+        self.data: Any = None  # None: pending; bytes: inline; int: offset in the arena; str: a file
+        self.size = 0
+        self.is_error = False
+        self.refs = refs
+        self.pins = 0
+        self.nested: tuple[bytes, ...] = ()
+        self.waiters: list[Union[Task, Request]] | None = None
+        self.task = task  # that returns it; None: put, nothing to replay
+        self.no = 0  # row number in the GCS; 0: has no row of its own
+
+
+READY, FREED = 1, 2  # of OBJECT_STATES
+CONSTRUCTED = pickle.dumps(None, 5)
+
+
+def freed_object_error(object_id: bytes) -> bytes:
+    return error_payload(
+        "ObjectLostError",
+        f"object {ids.short(object_id)} has been freed: no process held an ObjectRef to it any more. "
+        "The ref was probably kept outside of minray's sight (as text or in a file), or since before the last "
+        "shutdown(). Keep the ObjectRef itself alive, and in one session.",
+    )
+
+
+class Lineage:
+    def __init__(
+        self,
+        capacity: int,
+        task_ready: Callable[[Task], None],
+        request_ready: Callable[[Request], None],
+        delete_file: Callable[[str], None],
+        handle_dropped: Callable[[bytes], None],
+    ) -> None:
+        self.objects: dict[bytes, ObjectEntry] = {}
+        self.tasks: dict[bytes, Task] = {}
+        self.arena = Allocator(capacity)
+        self.in_arena: dict[bytes, ObjectEntry] = {}  # least recently used first; without those being spilled
+        self.spilling: dict[bytes, ObjectEntry] = {}
+        self.new_objects: dict[int, tuple[Any, ...]] = {}  # rows to record, by number
+        self.object_updates: list[tuple[Any, ...]] = []
+        self._freed: list[int] = []
+        self.bytes_spilled = 0
+        self._objects_made = 0
+        self._task_ready = task_ready
+        self._request_ready = request_ready
+        self._delete_file = delete_file
+        self._handle_dropped = handle_dropped
+
+    # ------------------------------------------------------------ making
+
+    def add_task(self, task: Task) -> None:
+        """Enter a submitted task and its returns, held by the submitter; count what it waits for."""
+        spec = task.spec
+        task_id = spec.task_id
+        self.tasks[task_id] = task
+        num_returns = task.template.options.num_returns
+        if num_returns == 1:
+            self.objects[task_id] = ObjectEntry(task_id, task, 1)
+        else:
+            for index in range(num_returns):
+                return_id = ids.return_id(task_id, index)
+                self.objects[return_id] = ObjectEntry(return_id, task, 1)
+        task.live_returns = num_returns
+        if spec.deps or spec.nested:
+            self._hold_arguments(task)
+
+    def _hold_arguments(self, task: Task) -> None:
+        for object_id in task.spec.nested:
+            self.hold(object_id)
+        for object_id in task.spec.deps:
+            entry = self.hold(object_id)
+            if entry.data is None:
+                task.missing += 1
+                self.wait_for(entry, task)
+
+    def put(self, object_id: bytes, value: Value, now: float) -> ObjectEntry | None:
+        """A new object, held by whoever put it.  None if it is there already (a task's second attempt)."""
+        if object_id in self.objects:
+            self._drop_value(value)
+            return None
+        entry = self.objects[object_id] = ObjectEntry(object_id, None, 1)
+        self._fill(entry, value, now)
+        self._record(entry, now)
+        return entry
+
+    def seal(self, entry: ObjectEntry, value: Value, is_error: bool, now: float) -> None:
+        """The value is there: wake everyone who waits for it."""
+        entry.is_error = is_error
+        self._fill(entry, value, now)
+        if type(entry.data) is not bytes:
+            self._record(entry, now)
+        waiters = entry.waiters
+        if waiters is not None:
+            entry.waiters = None
+            for waiter in waiters:
+                if type(waiter) is Task:
+                    waiter.missing -= 1
+                    if not waiter.missing:
+                        self._task_ready(waiter)
+                elif type(waiter) is Request and waiter.remaining > 0:
+                    # get() of many raises the first error at once, without waiting for the rest.
+                    waiter.remaining = 0 if is_error and waiter.fetch else waiter.remaining - 1
+                    if not waiter.remaining:
+                        self._request_ready(waiter)
+
+    def _fill(self, entry: ObjectEntry, value: Value, now: float) -> None:
+        entry.data, entry.size, entry.nested = value
+        for object_id in entry.nested:
+            self.hold(object_id)
+        if type(entry.data) is int:
+            self.in_arena[entry.object_id] = entry
+
+    def _drop_value(self, value: Value) -> None:
+        """A value that came too late: nobody wants it."""
+        if type(value[0]) is int:
+            self.arena.free(value[0])
+        elif type(value[0]) is str:
+            self._delete_file(value[0])
+
+    def accept_return(self, task: Task, index: int, value: Value, is_error: bool, now: float) -> None:
+        entry = self.objects.get(ids.return_id(task.spec.task_id, index))
+        if entry is None or entry.data is not None:
+            self._drop_value(value)
+        else:
+            self.seal(entry, value, is_error, now)
+
+    # ------------------------------------------------------------ keeping
+
+    def wait_for(self, entry: ObjectEntry, waiter: Task | Request) -> None:
+        waiters = entry.waiters
+        if waiters is None:
+            entry.waiters = [waiter]
+            return
+        if len(waiters) & (len(waiters) - 1) == 0 and len(waiters) > 4:
+            # At every doubling: drop requests that were answered or given up, so that polling does not pile up.
+            waiters[:] = [w for w in waiters if type(w) is Task or (type(w) is Request and w.remaining > 0)]
+        waiters.append(waiter)
+
+    def hold(self, object_id: bytes) -> ObjectEntry:
+        """One more reference.  An ID that is not known has been freed: it stands for an ObjectLostError,
+        unless its task is still to run (nobody wanted it any more; now its parent's second attempt does)."""
+        entry = self.objects.get(object_id)
+        if entry is None:
+            object_id = bytes(object_id)  # Never a ref itself: the table would keep alive what it counts.
+            task = None if ids.is_put(object_id) else self.tasks.get(ids.task_of(object_id))
+            if task is not None and (task.state < FINISHED or task.spec.actor is not None):
+                entry = self.objects[object_id] = ObjectEntry(object_id, task, 0)
+                task.live_returns += 1
+                if task.state == FINISHED:  # An actor that is still there for its last calls: a handle holds None.
+                    entry.data, entry.size = CONSTRUCTED, len(CONSTRUCTED)
+            else:
+                entry = self.objects[object_id] = ObjectEntry(object_id, None, 0)
+                entry.data, entry.is_error = freed_object_error(object_id), True
+        entry.refs += 1
+        return entry
+
+    def release(self, object_id: bytes) -> None:
+        """One reference less; free the object, and what only it kept, when that was the last."""
+        entry = self.objects.get(object_id)
+        if entry is None:
+            return  # A ref of an earlier session, or one that outlived its object's error.
+        entry.refs -= 1
+        if entry.refs <= 0 and not entry.pins:
+            self._free(entry)
+
+    def release_arguments(self, task: Task) -> None:
+        """The task has ended for good: what it needed may go."""
+        spec = task.spec
+        for object_id in spec.deps:
+            self.release(object_id)
+        for object_id in spec.nested:
+            self.release(object_id)
+
+    def pin(self, entry: ObjectEntry) -> None:
+        entry.pins += 1
+        if entry.object_id in self.in_arena:  # Used: to the young end.
+            del self.in_arena[entry.object_id]
+            self.in_arena[entry.object_id] = entry
+
+    def unpin(self, object_id: bytes) -> None:
+        entry = self.objects[object_id]
+        entry.pins -= 1
+        if entry.refs <= 0 and not entry.pins:
+            self._free(entry)
+
+    def _free(self, first: ObjectEntry) -> None:
+        doomed = deque((first,))  # A queue, not recursion: chains of nested objects can be long.
+        while doomed:
+            entry = doomed.popleft()
+            if self.objects.pop(entry.object_id, None) is None:
+                continue
+            data = entry.data
+            if type(data) is int:
+                if self.in_arena.pop(entry.object_id, None) is not None:
+                    self.arena.free(data)
+                # else it is being spilled: `spilled` frees it when the writer has done.
+            elif type(data) is str:
+                self._delete_file(data)
+            if entry.no and self.new_objects.pop(entry.no, None) is None:
+                self._freed.append(entry.no)  # One made and freed within a flush window leaves no row.
+            for object_id in entry.nested:
+                inner = self.objects.get(object_id)
+                if inner is not None:
+                    inner.refs -= 1
+                    if inner.refs <= 0 and not inner.pins:
+                        doomed.append(inner)
+            task = entry.task
+            if task is not None:
+                task.live_returns -= 1
+                if task.template.options.kind == ACTOR_CREATION:
+                    self._handle_dropped(entry.object_id)
+                elif not task.live_returns and task.state >= FINISHED:
+                    self.tasks.pop(task.spec.task_id, None)
+
+    def forget_if_unneeded(self, task: Task) -> None:
+        """Call when a task has ended: without live returns nothing can need it again (but an actor may live on)."""
+        if not task.live_returns and (task.spec.actor is None or task.state == FAILED):
+            self.tasks.pop(task.spec.task_id, None)
+
+    # ------------------------------------------------------------ memory
+
+    def victims(self, size: int) -> list[ObjectEntry]:
+        """Least recently used objects whose memory would make room for `size` bytes; [] if that cannot be had."""
+        chosen: list[ObjectEntry] = []
+        gained = 0
+        for entry in self.in_arena.values():
+            if not entry.pins:
+                chosen.append(entry)
+                gained += entry.size
+                if gained >= size:
+                    break
+        if gained + self.arena.capacity - self.arena.used < size:
+            return []
+        for entry in chosen:
+            del self.in_arena[entry.object_id]
+            self.spilling[entry.object_id] = entry
+        return chosen
+
+    def spilled(self, object_id: bytes, path: str | None, now: float) -> None:
+        """A victim was written to `path`; None: was not.  It may have been freed or pinned meanwhile."""
+        entry = self.spilling.pop(object_id)
+        if self.objects.get(object_id) is not entry:  # freed
+            self.arena.free(entry.data)
+        elif path is not None and not entry.pins:
+            self.arena.free(entry.data)
+            entry.data = path
+            self.bytes_spilled += entry.size
+            self._record(entry, now)
+            return
+        else:
+            self.in_arena[object_id] = entry
+        if path is not None:
+            self._delete_file(path)
+
+    # ------------------------------------------------------------ rows for the GCS
+
+    def _record(self, entry: ObjectEntry, now: float) -> None:
+        """Note a row (see schema.py) for an object that is put, or is not inline; later, where it went."""
+        data = entry.data
+        location = INLINE if type(data) is bytes else ARENA if type(data) is int else SPILLED
+        if entry.no:
+            self.object_updates.append((READY, location, None, entry.no))
+            return
+        self._objects_made += 1
+        entry.no = self._objects_made
+        task_no = entry.task.no if entry.task is not None else None
+        self.new_objects[entry.no] = (
+            entry.no, entry.object_id, task_no, READY, entry.size, location, int(now * 1e6), None,
+        )  # fmt: skip
+
+    def take_object_rows(self, now: float) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
+        """New rows, and (state, location, freed_us, no) updates of older ones, since the last call."""
+        new, updates = list(self.new_objects.values()), self.object_updates
+        freed_us = int(now * 1e6)
+        updates += [(FREED, None, freed_us, no) for no in self._freed]
+        self.new_objects, self.object_updates, self._freed = {}, [], []
+        return new, updates
+
+    # ------------------------------------------------------------ for tests
+
+    def check(self, refs: Mapping[bytes, int], pins: Mapping[bytes, int], exact: bool) -> None:
+        """Asserts what must hold between events.  `refs`, `pins`: what processes and tasks hold; nested objects are
+        counted here.  `exact`: nobody else holds any."""
+        held = Counter(refs)
+        for entry in self.objects.values():
+            held.update(entry.nested)
+        for object_id, entry in self.objects.items():
+            name, count = ids.short(object_id), held.pop(object_id, 0)
+            assert object_id == entry.object_id and type(object_id) is bytes
+            assert entry.refs == count or (entry.refs > count and not exact), f"{name}: {entry.refs} refs, not {count}"
+            assert entry.refs > 0 or entry.pins > 0, f"{name} should have been freed"
+            assert entry.pins == pins.get(object_id, 0), f"{name}: {entry.pins} pins, not {pins.get(object_id, 0)}"
+            will_come = entry.task is not None and entry.task.state < FINISHED
+            assert entry.data is not None or will_come, f"{name} never comes"
+            where = self.in_arena.get(object_id) is entry, self.spilling.get(object_id) is entry
+            assert sum(where) == (type(entry.data) is int), f"{name} lies at {entry.data!r}, and {where}"
+        gone = [ids.short(object_id) for object_id, count in held.items() if count]
+        assert not gone, f"held and not there: {gone}"
+        assert all(object_id in self.objects for object_id in pins), "memory is in view and may be used again"
+        assert all(self.objects.get(object_id) is entry for object_id, entry in self.in_arena.items())
+        self.arena.check()

@@ -1,0 +1,344 @@
+"""The words between a node and the world: events in, commands out.
+
+An event says what has happened and names the process that it happened to (`client`: 0
+is the driver, others are workers).  A command says what shall be done.  `Node.handle`
+turns the first into the second and does nothing else, so a run is a list of events,
+and a test needs no process.
+
+Between processes a frame carries a list of messages; a message is an event (worker to
+node) or a command (node to worker) without its client: ``(type name, *fields)``.
+Frames are pickles of builtin types only: user data inside them stays opaque bytes,
+which the node never unpickles.  A batch is one event: the price of an object an event
+is paid once a frame, not once a task.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Union
+
+from minray.task_spec import TaskOptions, TaskSpec
+
+DRIVER = 0
+Ids = list[bytes]
+
+# ---------------------------------------------------------------- events: what has happened
+
+
+class FunctionExported(NamedTuple):
+    client: int
+    function_id: bytes
+    pickled: bytes
+    name: str
+    module: str
+    source: str | None
+
+
+class TemplateDefined(NamedTuple):
+    """`client` will say `template_no` when it means these options."""
+
+    client: int
+    template_no: int
+    options: TaskOptions
+
+
+class TasksSubmitted(NamedTuple):
+    client: int
+    parent_task_id: bytes
+    specs: list[TaskSpec]
+
+
+class TasksFinished(NamedTuple):
+    """Each result: (task_id, status, payload, started_s, finished_s).
+
+    The payload of OK is the pickled value, or a list with a `Value` for each return; of any
+    other status it is (pickled error, one line of text)."""
+
+    client: int
+    results: list[tuple[bytes, int, Any, float, float]]
+
+
+class TasksReturned(NamedTuple):
+    """Unstarted tasks that a worker gives back: asked to, or because it is about to block."""
+
+    client: int
+    task_ids: Ids
+    forgets: int = 0  # how many Forget commands it had carried out when it said this
+
+
+class ObjectPut(NamedTuple):
+    client: int
+    object_id: bytes
+    value: tuple[Any, int, tuple[bytes, ...]]  # a `Value`
+
+
+class ReferencesChanged(NamedTuple):
+    """First acquired and last released in that process."""
+
+    client: int
+    acquired: Ids
+    released: Ids
+
+
+class Unpinned(NamedTuple):
+    """No view into these objects' memory is left in that process (one entry for each pin)."""
+
+    client: int
+    object_ids: Ids
+
+
+class ObjectsAwaited(NamedTuple):
+    """`client` waits until `num_ready` of the objects are ready; `fetch`: and wants their values.
+
+    `blocks`: a task's thread stands still for it, so the worker lends its CPU."""
+
+    client: int
+    request_id: int
+    object_ids: Ids
+    num_ready: int
+    fetch: bool
+    blocks: bool
+
+
+class RequestAbandoned(NamedTuple):
+    client: int
+    request_id: int
+
+
+class BlockRequested(NamedTuple):
+    """Room for a new object.  Answered by ("block", offset, fresh), ("spill", victims) or ("file", path)."""
+
+    client: int
+    request_id: int
+    object_id: bytes
+    size: int
+
+
+class BlocksSpilled(NamedTuple):
+    """The victims of an earlier answer are on disk (`spilled`), or could not be written."""
+
+    client: int
+    request_id: int
+    spilled: list[tuple[bytes, str]]
+    object_id: bytes
+    size: int
+
+
+class BlockRefused(NamedTuple):
+    """The operating system has no memory behind that block (ENOSPC): the arena ends there."""
+
+    client: int
+    request_id: int
+    object_id: bytes
+    offset: int
+    size: int
+
+
+class RoomAbandoned(NamedTuple):
+    """`client` will not store that object after all: what it was given for it may be used again."""
+
+    client: int
+    object_id: bytes
+
+
+class CancelRequested(NamedTuple):
+    """Answered, if `request_id` is given, by whether it can be done: a call of an actor is not ended by force."""
+
+    client: int
+    object_id: bytes
+    force: bool
+    recursive: bool
+    request_id: int = 0
+
+
+class ActorKillRequested(NamedTuple):
+    client: int
+    actor_id: bytes
+    no_restart: bool
+
+
+class ActorLookedUp(NamedTuple):
+    """Answered by None or (actor_id, interface): pinned for `client` until it says Unpinned."""
+
+    client: int
+    request_id: int
+    namespace: str
+    name: str
+
+
+class CallsCounted(NamedTuple):
+    """Answered by how many calls of `client` the actor has not finished."""
+
+    client: int
+    request_id: int
+    actor_id: bytes
+
+
+class NodeQueried(NamedTuple):
+    """Answered by `Node.describe(what)`: plain data for cluster_resources() and its kind."""
+
+    client: int
+    request_id: int
+    what: str
+
+
+class WorkerStarted(NamedTuple):
+    client: int
+    pid: int
+
+
+class WorkerDied(NamedTuple):
+    """`running`: the task that it was executing when it died, None if none."""
+
+    client: int
+    reason: str
+    running: bytes | None
+
+
+class Ticked(NamedTuple):
+    """Time has passed: at least to the deadline that the node asked for.
+
+    `executing`: (worker, task) for each worker that the node holds (HoldNext), read just now."""
+
+    client: int = DRIVER  # As all events have one.
+    executing: tuple[tuple[int, bytes | None], ...] = ()
+
+
+Event = Union[
+    FunctionExported, TemplateDefined, TasksSubmitted, TasksFinished, TasksReturned, ObjectPut, ReferencesChanged,
+    Unpinned, ObjectsAwaited, RequestAbandoned, BlockRequested, BlocksSpilled, BlockRefused, RoomAbandoned,
+    CancelRequested, ActorKillRequested, ActorLookedUp, CallsCounted, NodeQueried, WorkerStarted, WorkerDied, Ticked,
+]  # fmt: skip
+
+FROM_WORKERS = {
+    cls.__name__: cls
+    for cls in (
+        FunctionExported, TemplateDefined, TasksSubmitted, TasksFinished, TasksReturned, ObjectPut, ReferencesChanged,
+        Unpinned, ObjectsAwaited, RequestAbandoned, BlockRequested, BlocksSpilled, BlockRefused, RoomAbandoned,
+        CancelRequested, ActorKillRequested, ActorLookedUp, CallsCounted, NodeQueried,
+    )
+}  # fmt: skip
+"""The events that a worker may send; all others come from the shell alone."""
+
+
+def event_from_wire(client: int, message: tuple[Any, ...]) -> Event:
+    """Raises KeyError for a message that workers do not send."""
+    name, *fields = message
+    if name == "TasksSubmitted":
+        fields[1] = [TaskSpec(*fields_of_spec) for fields_of_spec in fields[1]]
+    return FROM_WORKERS[name](client, *fields)
+
+
+# ---------------------------------------------------------------- commands: what shall be done
+
+
+class StartWorker(NamedTuple):
+    client: int
+
+
+class DefineFunction(NamedTuple):
+    client: int
+    function_id: bytes
+    pickled: bytes
+
+
+class DefineTemplate(NamedTuple):
+    client: int
+    template_no: int
+    options: TaskOptions
+
+
+class RunTasks(NamedTuple):
+    """Each task: (task_id, template_no, args, values of deps or None, may_hold_result).
+
+    `may_hold_result`: tasks of this kind have been so short, and may run again, that their result
+    and that of the one before may wait for each other."""
+
+    client: int
+    tasks: list[tuple[bytes, int, bytes | None, list[Any] | None, bool]]
+
+
+class AssignResources(NamedTuple):
+    """Before the tasks that use them: the worker's CPUs (for OMP_NUM_THREADS) and its GPUs, if any."""
+
+    client: int
+    num_cpus: float
+    gpu_ids: tuple[int, ...]
+    resources: dict[str, float]
+
+
+class MarkReconstructed(NamedTuple):
+    """The actor that comes next has lived before."""
+
+    client: int
+
+
+class TakeBack(NamedTuple):
+    """Give back up to `count` tasks that have not started, the last first."""
+
+    client: int
+    num_tasks: int
+
+
+class HoldNext(NamedTuple):
+    """It does not answer: set a mark in shared memory, at which it will not start another task before it has read
+    the Forget that follows."""
+
+    client: int
+
+
+class Forget(NamedTuple):
+    """Drop these unstarted tasks, others have them; and go on."""
+
+    client: int
+    task_ids: Ids
+
+
+class CancelTask(NamedTuple):
+    """Drop it if it has not started; if it runs, raise KeyboardInterrupt in it."""
+
+    client: int
+    task_id: bytes
+
+
+class Reply(NamedTuple):
+    client: int
+    request_id: int
+    answer: Any
+
+
+class KillWorker(NamedTuple):
+    """`only_if_running`: leave the worker alone unless it executes this very task."""
+
+    client: int
+    only_if_running: bytes | None = None
+
+
+class ExitWorker(NamedTuple):
+    """Finish what was sent, run atexit handlers, and end."""
+
+    client: int
+
+
+class Warn(NamedTuple):
+    """Tell the user, in the driver's terminal."""
+
+    text: str
+
+
+class DeleteFile(NamedTuple):
+    path: str
+
+
+Command = Union[
+    StartWorker, DefineFunction, DefineTemplate, RunTasks, AssignResources, MarkReconstructed, TakeBack, HoldNext,
+    Forget, CancelTask, Reply, KillWorker, ExitWorker, DeleteFile, Warn,
+]  # fmt: skip
+
+# ---------------------------------------------------------------- values
+
+Value = tuple[Any, int, tuple[bytes, ...]]
+"""(data, size, nested): where a value is: pickled bytes (inline), an int (its offset in the arena) or a
+str (its file); how many bytes; and the IDs of the objects that it contains."""
+
+Fetched = tuple[Any, int, bool, bytes]
+"""(data, size, is_error, object_id): a value on its way to a reader; memory in the arena is pinned for that reader."""

@@ -1,0 +1,91 @@
+"""What a node knows: the fields that all chapters of `Node` share, and how its history is noted.
+
+`Node` is one class in five chapters, each a file and a base class of the next, from the ground up:
+
+======================  =========================================================
+node_tables.py          the data, and notes for the GCS (this file)
+node_objects.py         objects, references, waiting, memory
+node_tasks.py           functions and tasks: come in, go out, end
+node_actors.py          actors and their calls
+node_workers.py         workers start, die and get stuck
+node.py                 `Node`: joins them, and is all that the world sees
+======================  =========================================================
+
+Only node_tasks.py looks ahead (to the actors whose calls are tasks); it lists what it needs of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable
+from typing import Any
+
+from minray import ids
+from minray.actor_table import Actor, ActorTable
+from minray.lineage import Lineage, ObjectEntry, Task, Template
+from minray.messages import DRIVER, Command, Reply
+from minray.scheduler import Client, Scheduler, WorkerRecord
+from minray.task_spec import TaskOptions
+
+
+
+class NodeTables(ABC):
+    label: str  # of the node, in messages
+    session_id: bytes
+    wire: list[Command]  # commands of the event in hand
+    _now: float  # of the event in hand
+    lineage: Lineage
+    objects: dict[bytes, ObjectEntry]  # the lineage's
+    scheduler: Scheduler
+    actors: ActorTable
+    driver: Client
+    functions: dict[bytes, tuple[int, bytes]]  # number and pickle, by ID
+    templates: list[Template]  # by number
+    _template_of: dict[TaskOptions, Template]
+    _tasks_made: int
+    _spill_path: Callable[[bytes], str]
+    _files_made: int
+    _grants: dict[tuple[int, bytes], tuple[Any, ...]]  # room given for objects not yet there: the answers
+    _retired: list[int]  # where the arena has no memory behind it
+    _leaving: dict[int, WorkerRecord]  # forgotten, but their processes may still touch the arena
+    _pumps: dict[bytes, Actor]  # actors that may have calls to send
+    _start_failures: int  # in a row
+    _events_made: int
+    _dirty: list[Task]  # whose rows have changed
+    _rows: dict[str, list[tuple[Any, ...]]]  # other rows to record, by table
+
+    def _client(self, client: int) -> Client:
+        return self.driver if client == DRIVER else self.scheduler.workers[client]
+
+    def _answer(self, client: int, request_id: int, answer: Any) -> None:
+        self.wire.append(Reply(client, request_id, answer))
+
+    def _row(self, table: str, row: tuple[Any, ...]) -> None:
+        self._rows.setdefault(table, []).append(row)
+
+    def _event(self, kind: str, subject: bytes, message: str, now: float) -> None:
+        self._events_made += 1
+        self._row("events", (self._events_made, int(now * 1e6), kind, subject.hex(), message))
+
+    def _mark(self, task: Task) -> None:
+        """Its row has changed."""
+        if not task.dirty:
+            task.dirty = True
+            self._dirty.append(task)
+
+    def _retried(self, task: Task, how: str) -> None:
+        limit = task.template.options.max_retries
+        attempts = f"{task.attempt} of {limit + 1}" if limit >= 0 else str(task.attempt)
+        self._mark(task)
+        self._event("task_retried", task.spec.task_id, f"attempt {attempts} {how}; it is run again", self._now)
+
+    def worker_id(self, client: int) -> bytes:
+        return ids.pack_id(self.session_id, client, ids.WORKER)
+
+    def _worker_row(self, worker: WorkerRecord, state: int, now: float, reason: str | None) -> tuple[Any, ...]:
+        died_us = int(now * 1e6) if state == 2 else None
+        actor_no = worker.actor.no if worker.actor is not None else None
+        return (
+            worker.client, self.worker_id(worker.client), worker.pid, state, int(worker.started_s * 1e6), died_us,
+            reason, actor_no,
+        )  # fmt: skip

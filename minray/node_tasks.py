@@ -1,0 +1,383 @@
+"""Tasks, at the node: submitted, queued when their arguments are there, handed to workers, finished or failed.
+
+What is queued, and which worker is next, is the scheduler's; what a result wakes is the lineage's.
+A retry is a task put back in front of its queue; a task has one end, `_close`.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+from minray import ids
+from minray.actor_table import Actor
+from minray.exceptions import error_payload
+from minray.lineage import Task, Template
+from minray.messages import (
+    DRIVER, CancelRequested, CancelTask, DefineFunction, DefineTemplate, FunctionExported, KillWorker,
+    MarkReconstructed, RunTasks, TasksFinished, TasksReturned, TasksSubmitted, TemplateDefined,
+)  # fmt: skip
+from minray.node_objects import NodeObjects
+from minray.scheduler import Client, WorkerRecord
+from minray.task_spec import (
+    ACTOR_CREATION, ACTOR_EXITED, CANCELLED, FAILED, FINISHED, OK, PENDING_ARGS_AVAIL, PENDING_NODE_ASSIGNMENT,
+    RETRYABLE_ERROR, SUBMITTED_TO_WORKER, UNIT, ActorOptions, TaskOptions, TaskSpec,
+)  # fmt: skip
+
+SHORT_TASK_S = 0.001
+"""Tasks that stay below this may hold up the result of their predecessor."""
+
+
+def amounts(resources: Iterable[tuple[str, int]]) -> str:
+    """For people: "2 CPU, 17,693,560,012 bytes of memory"."""
+    return ", ".join(
+        f"{units // UNIT:,} bytes of memory" if name == "memory" else f"{units / UNIT:g} {name}"
+        for name, units in resources
+    )
+
+
+class NodeTasks(NodeObjects):
+    # ------------------------------------------------------------ functions and tasks come in
+
+    def handle_function_exported(self, event: FunctionExported, now: float) -> None:
+        if event.function_id not in self.functions:
+            no = len(self.functions) + 1
+            self.functions[event.function_id] = (no, event.pickled)
+            self._row("functions", (no, event.function_id, event.name, event.module, event.pickled, event.source))
+
+    def handle_template_defined(self, event: TemplateDefined, now: float) -> None:
+        options = TaskOptions(*event.options)
+        template = self._template_of.get(options)
+        if template is None:
+            shape = self.scheduler.shape_for(options.resources, options.kind == ACTOR_CREATION)
+            template = self._template_of[options] = Template(len(self.templates), options, shape)
+            self.templates.append(template)
+            function_no = self.functions[options.function_id][0] if options.function_id else None
+            resources = {name: amount / UNIT for name, amount in options.resources}
+            other = {"method": options.method, "max_concurrency": options.max_concurrency}
+            self._row(
+                "options",
+                (
+                    template.no, function_no, options.name, options.kind, options.num_returns, json.dumps(resources),
+                    options.max_retries, json.dumps(other),
+                ),
+            )  # fmt: skip
+        self._client(event.client).templates[event.template_no] = template
+
+    def handle_tasks_submitted(self, event: TasksSubmitted, now: float) -> None:
+        client = self._client(event.client)
+        parent = self.lineage.tasks.get(event.parent_task_id)
+        parent_no = 0
+        if parent is not None:
+            parent_no = parent.no
+            parent.last_child = max(parent.last_child, *(ids.counter_of(spec.task_id) for spec in event.specs))
+        held = client.held if event.client != DRIVER else None
+        templates, tasks, dirty = client.templates, self.lineage.tasks, self._dirty
+        for spec in event.specs:
+            if spec.task_id in tasks or (spec.task_id in self.objects and held is not None):
+                self._submitted_again(spec, client)
+                continue
+            self._tasks_made += 1
+            task = Task(spec, templates[spec.template_no], self._tasks_made, parent_no, event.client, now)
+            task.dirty = True
+            dirty.append(task)
+            self.lineage.add_task(task)
+            if held is not None:
+                for index in range(task.live_returns):
+                    held[ids.return_id(spec.task_id, index)] = None
+            if spec.actor_id is not None:
+                self._call_submitted(task, client)
+            elif spec.actor is not None:
+                self._actor_submitted(task, ActorOptions(*spec.actor), now)
+            elif not task.missing:
+                self._task_ready(task)
+
+    def _submitted_again(self, spec: TaskSpec, client: Client) -> None:
+        """The second attempt of a parent submits its children anew, under the same IDs: they run once."""
+        template = client.templates[spec.template_no]
+        actor = self.actors.actors.get(spec.task_id) if spec.actor is not None else None
+        if actor is not None:
+            actor.unwanted = False  # Its handles were the first attempt's.
+        for index in range(template.options.num_returns):
+            self._acquire(client, ids.return_id(spec.task_id, index))
+
+    def _task_ready(self, task: Task) -> None:
+        """All that it depends on is there (perhaps as an error: the worker then says whose, without running it)."""
+        actor_id = task.spec.actor_id
+        if actor_id is not None:
+            task.state = PENDING_NODE_ASSIGNMENT
+            self._pumps[actor_id] = self.actors.actors[actor_id]
+        elif task.template.shape.queue or self.scheduler.feasible(task.template.shape):
+            self.scheduler.enqueue(task)
+        else:
+            self._refuse(task)
+
+    def _arguments_ready(self, task: Task) -> None:
+        """What it had to wait for has come."""
+        self._mark(task)
+        self._task_ready(task)
+
+    def _refuse(self, task: Task) -> None:
+        options = task.template.options
+        wants, has = amounts(options.resources), amounts(self.scheduler.total.items())
+        kind = "ActorUnschedulableError" if options.kind == ACTOR_CREATION else "TaskUnschedulableError"
+        message = (
+            f"{options.name} needs {wants}, and this node has {has} in all, so it can never run. It was not run. "
+            "Ask for less (.options(num_cpus=..., resources=...)), or give minray.init() more (num_cpus, resources)."
+        )
+        self._fail(task, kind, message)
+
+    # ------------------------------------------------------------ tasks go out
+
+    def _run(self, worker: WorkerRecord, tasks: list[Task], now: float) -> None:
+        """Hand tasks to a worker: what it does not know yet first, then all of them in one command."""
+        in_flight = worker.in_flight
+        if not in_flight:
+            worker.progressed_s = now
+        batch = []
+        for task in tasks:
+            template = task.template
+            if template.no not in worker.known:
+                self._introduce(worker, template)
+            spec = task.spec
+            values = [self._fetch(worker, object_id) for object_id in spec.deps] if spec.deps else None
+            task.state = SUBMITTED_TO_WORKER
+            task.worker = worker
+            task.attempt += 1
+            in_flight[spec.task_id] = task
+            may_hold = template.may_repeat and template.mean_s is not None and template.max_s < SHORT_TASK_S
+            batch.append((spec.task_id, template.no, spec.args, values, may_hold))
+        if tasks[0].spec.actor is not None:
+            actor = self.actors.actors[tasks[0].spec.task_id]
+            actor.worker = actor.host = worker
+            worker.actor = actor
+            self._row("workers", self._worker_row(worker, 1, now, None))
+            if actor.restarts:
+                self.wire.append(MarkReconstructed(worker.client))
+        self.wire.append(RunTasks(worker.client, batch))
+
+    def _introduce(self, worker: WorkerRecord, template: Template) -> None:
+        options = template.options
+        if options.function_id and options.function_id not in worker.known_functions:
+            worker.known_functions.add(options.function_id)
+            self.wire.append(
+                DefineFunction(worker.client, options.function_id, self.functions[options.function_id][1])
+            )
+        worker.known.add(template.no)
+        self.wire.append(DefineTemplate(worker.client, template.no, options))
+
+    # ------------------------------------------------------------ results come back
+
+    def handle_tasks_finished(self, event: TasksFinished, now: float) -> None:
+        worker = self.scheduler.workers[event.client]
+        in_flight, objects, dirty = worker.in_flight, self.objects, self._dirty
+        worker.progressed_s = now
+        worker.asked_s = 0.0
+        worker.taking_back = False
+        for task_id, status, payload, started_s, finished_s in event.results:
+            task = in_flight.pop(task_id, None)
+            if task is None:
+                continue
+            task.started_s, task.finished_s = started_s, finished_s
+            template = task.template
+            took = finished_s - started_s
+            mean_s = template.mean_s
+            template.mean_s = took if mean_s is None else mean_s + 0.1 * (took - mean_s)
+            template.max_s = took if took > template.max_s else template.max_s * 0.99 + took * 0.01
+            if status == OK and type(payload) is bytes and task.spec.actor is None:
+                # The hot path: one small return, one look-up, nobody to ask.
+                task.result_bytes = len(payload)
+                task.state = FINISHED
+                if not task.dirty:
+                    task.dirty = True
+                    dirty.append(task)
+                spec = task.spec
+                if spec.deps or spec.nested:
+                    self.lineage.release_arguments(task)
+                entry = objects.get(task_id)
+                if entry is not None:
+                    if entry.waiters is None and entry.data is None:
+                        entry.data, entry.size = payload, len(payload)
+                    elif entry.data is None:
+                        self.lineage.seal(entry, (payload, len(payload), ()), False, now)
+                else:
+                    self.lineage.tasks.pop(task_id, None)
+                if spec.actor_id is not None:
+                    self._call_ended(task)
+            else:
+                self._finished_otherwise(worker, task, status, payload, now)
+        if not in_flight:
+            self.scheduler.finished_one(worker, now)
+        if worker.actor is not None:
+            self._pumps[worker.actor.actor_id] = worker.actor
+
+    def _finished_otherwise(self, worker: WorkerRecord, task: Task, status: int, payload: Any, now: float) -> None:
+        options = task.template.options
+        if status != OK and self._grants:  # Of several returns some may have been stored already.
+            for index in range(options.num_returns):
+                self._revoke(worker.client, ids.return_id(task.spec.task_id, index), now)
+        if status == RETRYABLE_ERROR and task.retries_left and not task.cancelled:
+            task.retries_left -= task.retries_left > 0
+            self._retried(task, f"raised {payload[1]}")
+            self._run_again(task)
+            return
+        if status == ACTOR_EXITED and worker.actor is not None:
+            actor = worker.actor
+            threads = actor.task.template.options.max_concurrency
+            self._bury(actor, payload[1], now, begun=0 if threads == 1 else None)
+            if task is not actor.task:
+                self._fail_call(task, actor, may_have_run=True)
+            return
+        if options.kind == ACTOR_CREATION and status == OK:
+            self._constructed(self.actors.actors[task.spec.task_id])
+        if status == OK:
+            values = [(payload, len(payload), ())] if type(payload) is bytes else payload
+            for index, value in enumerate(values):
+                task.result_bytes += value[1]
+                if type(value[0]) is not bytes:
+                    self._grants.pop((worker.client, ids.return_id(task.spec.task_id, index)), None)
+                self.lineage.accept_return(task, index, value, False, now)
+            self._close(task, FINISHED)
+        elif status == CANCELLED:
+            self._fail_cancelled(task)
+        else:
+            self._end(task, FAILED, payload[0], payload[1])
+
+    def _run_again(self, task: Task) -> None:
+        task.worker = None
+        if task.spec.actor_id is None:
+            self.scheduler.enqueue_first(task)
+        else:
+            actor = self.actors.actors[task.spec.actor_id]
+            actor.enqueue_first(task)
+            task.state = PENDING_NODE_ASSIGNMENT
+            task.started_s = task.finished_s = 0.0
+            self._pumps[actor.actor_id] = actor
+
+    def handle_tasks_returned(self, event: TasksReturned, now: float) -> None:
+        """Unstarted tasks come back, to the front and without losing an attempt."""
+        worker = self.scheduler.workers[event.client]
+        worker.asked_s = 0.0
+        if event.forgets < worker.forgets:
+            return  # It had not read yet that others have these tasks.
+        # With empty hands it is not asked again before it has finished something.
+        worker.taking_back = worker.taking_back and not event.task_ids
+        for task_id in reversed(event.task_ids):
+            task = worker.in_flight.pop(task_id, None)
+            if task is not None:
+                self._unstarted(worker, task)
+        if not worker.in_flight:
+            self.scheduler.finished_one(worker, now)
+
+    def _unstarted(self, worker: WorkerRecord, task: Task) -> None:
+        task.attempt -= 1
+        for object_id in task.spec.deps:
+            if object_id in worker.pins:
+                self._unpin(worker, object_id)
+        if task.cancelled:
+            task.worker = None
+            self._fail_cancelled(task)
+        else:
+            self._run_again(task)
+
+    # ------------------------------------------------------------ ends of tasks
+
+    def _fail(self, task: Task, kind: str, message: str, **attributes: Any) -> None:
+        self._end(task, FAILED, error_payload(kind, message, **attributes), f"{kind}: {message.splitlines()[0]}")
+
+    def _fail_cancelled(self, task: Task) -> None:
+        name = task.template.options.name
+        ran = "It may have run partway." if task.started_s or task.attempt else "It had not started."
+        self._fail(
+            task, "TaskCancelledError", f"{name} [task {ids.short(task.spec.task_id)}] was cancelled. {ran}",
+            task_id=task.spec.task_id.hex(),
+        )  # fmt: skip
+
+    def _end(self, task: Task, state: int, error: bytes, text: str) -> None:
+        """Over without a value: every return is this error."""
+        task.error = text
+        for index in range(task.template.options.num_returns):
+            self.lineage.accept_return(task, index, (error, len(error), ()), True, self._now)
+        self._close(task, state)
+        if task.spec.actor is not None:
+            self._creation_failed(task, error, text)
+
+    def _close(self, task: Task, state: int) -> None:
+        task.state = state
+        task.finished_s = task.finished_s or self._now
+        self._mark(task)
+        if task.spec.actor is None:  # An actor's constructor may have to run again.
+            self.lineage.release_arguments(task)
+        self.lineage.forget_if_unneeded(task)
+        if task.spec.actor_id is not None:
+            self._call_ended(task)
+
+    def handle_cancel_requested(self, event: CancelRequested, now: float) -> None:
+        task = self.lineage.tasks.get(ids.task_of(event.object_id))
+        refused = event.force and task is not None and task.spec.actor_id is not None
+        if event.request_id:
+            self._answer(event.client, event.request_id, not refused)
+        if task is None or task.state >= FINISHED or refused:
+            return
+        if event.recursive and task.attempt:  # One that never ran has none.
+            for descendant in reversed(self._descendants(task)):
+                if descendant.state < FINISHED:
+                    self._cancel(descendant, event.force)
+        self._cancel(task, event.force)
+
+    def _descendants(self, task: Task) -> list[Task]:
+        """What it has submitted, what that has submitted, and so on.  Their IDs follow from its own."""
+        tasks = self.lineage.tasks
+        found = [task]
+        for parent in found:
+            if parent.last_child:
+                prefix = ids.children_prefix(parent.spec.task_id)
+                children = (tasks.get(ids.pack_id(prefix, n, 0)) for n in range(1, parent.last_child + 1))
+                found += [child for child in children if child is not None]
+        return found[1:]
+
+    def _cancel(self, task: Task, force: bool) -> None:
+        if task.spec.actor is not None:
+            return  # Actors are ended by kill(), or by their last handle.
+        task.cancelled = True
+        if task.state == PENDING_ARGS_AVAIL:
+            task.missing = -1  # What it waits for will not start it.
+            self._let_others_pass(task)
+            self._fail_cancelled(task)
+        elif task.state == PENDING_NODE_ASSIGNMENT:
+            if task.spec.actor_id is None:
+                self.scheduler.remove(task)
+            self._let_others_pass(task)
+            self._fail_cancelled(task)
+        elif task.worker is not None:
+            if force and task.spec.actor_id is None:  # A call must not take its actor's other callers with it.
+                self.wire.append(KillWorker(task.worker.client, only_if_running=task.spec.task_id))
+            self.wire.append(CancelTask(task.worker.client, task.spec.task_id))
+
+    # ------------------------------------------------------------ what it needs of actors (node_actors.py)
+
+    @abstractmethod
+    def _actor_submitted(self, task: Task, options: ActorOptions, now: float) -> None: ...
+
+    @abstractmethod
+    def _call_submitted(self, task: Task, client: Client) -> None: ...
+
+    @abstractmethod
+    def _call_ended(self, task: Task) -> None: ...
+
+    @abstractmethod
+    def _let_others_pass(self, task: Task) -> None: ...
+
+    @abstractmethod
+    def _constructed(self, actor: Actor) -> None: ...
+
+    @abstractmethod
+    def _creation_failed(self, task: Task, error: bytes, text: str) -> None: ...
+
+    @abstractmethod
+    def _bury(self, actor: Actor, reason: str, now: float, advice: str = "", begun: int | None = None) -> None: ...
+
+    @abstractmethod
+    def _fail_call(self, task: Task, actor: Actor | None, may_have_run: bool) -> None: ...

@@ -1,0 +1,123 @@
+"""Workers, at the node: they start, they die, and they stand behind a task that does not let go.
+
+What a dead worker held comes back in node_objects.py; here is decided what becomes of the tasks
+that it had in hand, and what is done about those that wait in vain.
+"""
+
+from __future__ import annotations
+
+from minray import ids
+from minray.lineage import Task
+from minray.messages import ExitWorker, Forget, Ticked, Warn, WorkerDied, WorkerStarted
+from minray.node_actors import NodeActors
+from minray.node_tasks import amounts
+from minray.scheduler import WorkerRecord
+
+START_ATTEMPTS = 3
+"""So many workers in a row that die before they are up, and waiting tasks fail rather than wait for ever."""
+
+
+class NodeWorkers(NodeActors):
+    def handle_worker_started(self, event: WorkerStarted, now: float) -> None:
+        worker = self.scheduler.workers.get(event.client)
+        if worker is not None:
+            self._start_failures = 0
+            worker.started_s = now
+            self.scheduler.worker_started(worker, event.pid, now)
+            self._row("workers", self._worker_row(worker, 1, now, None))
+
+    def handle_worker_died(self, event: WorkerDied, now: float) -> None:
+        """Replace the worker; run what it was running again, or fail it.
+
+        The task that it was executing may have run halfway, so its side effects may already
+        have happened: running it again costs one of its retries.  Tasks that it had only been
+        handed go back as they were.
+        """
+        worker = self.scheduler.workers.get(event.client)
+        if worker is None:
+            self._release_memory(event.client, now)
+            return
+        if not worker.pid:
+            self._start_failures += 1
+        in_flight = list(worker.in_flight.values())
+        running = event.running if event.running in worker.in_flight else None
+        if running is None and in_flight:
+            running = in_flight[0].spec.task_id
+        if running is not None:
+            task = worker.in_flight[running]
+            task.started_s = task.started_s or worker.progressed_s
+        self._forget_worker(worker, event.reason, now)
+        self._release_memory(worker.client, now)
+        who = self.worker_id(worker.client)
+        self._event("worker_died", who, f"worker {worker.client} (pid {worker.pid}) {event.reason}", now)
+        if worker.actor is not None:
+            self._actor_worker_died(worker, worker.actor, event.running, event.reason, now)
+            return
+        for task in reversed(in_flight):
+            if task.spec.task_id == running:
+                self._attempt_lost(task, worker, event.reason, now)
+            else:
+                task.attempt -= 1
+                if task.cancelled:
+                    self._fail_cancelled(task)
+                else:
+                    self.scheduler.enqueue_first(task)
+        if self._start_failures >= START_ATTEMPTS:
+            self._start_failures = 0
+            for task in self.scheduler.remove_all():
+                self._fail(task, "WorkerCrashedError", f"no worker could be started: {event.reason}. It was not run.")
+
+    def _attempt_lost(self, task: Task, worker: WorkerRecord, reason: str, now: float) -> None:
+        options, short = task.template.options, ids.short(task.spec.task_id)
+        if task.cancelled:
+            self._fail_cancelled(task)
+        elif task.retries_left:
+            task.retries_left -= task.retries_left > 0
+            self._retried(task, f"ended when worker {worker.client} (pid {worker.pid}) {reason}")
+            self.scheduler.enqueue_first(task)
+        else:
+            self._fail(
+                task,
+                "WorkerCrashedError",
+                f"worker {worker.client} (pid {worker.pid}, node {self.label}) {reason} while running "
+                f"{options.name}() [task {short}], attempt {task.attempt} of {options.max_retries + 1}.\n"
+                "The task may have run partway. minray will not run it again.\n"
+                + ("SIGKILL often means that the machine ran out of memory. " if "SIGKILL" in reason else "")
+                + f"The worker's output is in <session>/logs/worker-{worker.client}.log\n"
+                f"To allow more attempts: @minray.remote(max_retries=...).  Its history: minray story {short}",
+            )
+
+    def handle_ticked(self, event: Ticked, now: float) -> None:
+        for worker in self.scheduler.tick(now):
+            self._forget_worker(worker, "was told to end: more workers were idle than there are CPUs", now)
+            self.wire.append(ExitWorker(worker.client))
+        for task in self.scheduler.starved(now):
+            self._warn_of_starvation(task, now)
+        for worker in self.scheduler.held(now):
+            self._take_unasked(worker, dict(event.executing).get(worker.client))
+
+    def _warn_of_starvation(self, task: Task, now: float) -> None:
+        options = task.template.options
+        text = (
+            f"{options.name} [task {ids.short(task.spec.task_id)}] needs {amounts(options.resources)} and waits: "
+            f"actors hold too much of the {amounts(self.scheduler.total.items())} of this node. It runs when actors "
+            "end; if they shall not, give minray.init() more, or the actors less (num_cpus=0 is enough for those that "
+            "mostly wait)."
+        )
+        self._event("task_starved", task.spec.task_id, text, now)
+        self.wire.append(Warn(text))
+
+    def _take_unasked(self, worker: WorkerRecord, executing: bytes | None) -> None:
+        """What comes after the task that a held worker executes has not started, and will not: others may have it.
+
+        What comes before may have finished: its result waits in the worker."""
+        worker.held_s = worker.asked_s = 0.0
+        unstarted: list[bytes] = []
+        if executing in worker.in_flight:
+            order = list(worker.in_flight)
+            unstarted = order[order.index(executing) + 1 :]
+        self.wire.append(Forget(worker.client, unstarted))
+        if unstarted:
+            worker.forgets += 1
+            for task_id in reversed(unstarted):
+                self._unstarted(worker, worker.in_flight.pop(task_id))

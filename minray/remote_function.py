@@ -1,0 +1,83 @@
+"""``@minray.remote`` on a function: calls that run elsewhere and return futures."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+from minray import api, options
+from minray.core_worker import CoreWorker, name_of
+from minray.task_spec import TASK, TaskOptions
+
+R = TypeVar("R")
+
+
+class RemoteFunction(Generic[R]):
+    """A function whose calls are tasks: ``f.remote(...)`` returns an `ObjectRef` at once.
+
+    >>> @minray.remote
+    ... def double(x):
+    ...     return 2 * x
+    >>> minray.get(double.remote(21))
+    42
+    """
+
+    def __init__(self, function: Callable[..., R], given: dict[str, Any]) -> None:
+        if inspect.iscoroutinefunction(function):
+            raise TypeError(
+                f"{function.__name__}() is a coroutine function, which cannot be a task. "
+                "Use a plain function that calls asyncio.run(...)."
+            )
+        self._function = function
+        self._options = given
+        self._num_returns: int = given.get("num_returns", 1)
+        self._known_to: object = None  # the token of the core that knows it under the number:
+        self._template_no = 0
+        functools.update_wrapper(self, function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        name = name_of(self._function)
+        raise TypeError(
+            f"{name} is a remote function: call it with {name}.remote(...), "
+            f"or the function itself, in this process, with {name}._function(...)."
+        )
+
+    def remote(self, *args: Any, **kwargs: Any) -> Any:
+        """Submit a call; an `ObjectRef`, a list of them for num_returns > 1, None for num_returns=0."""
+        core = api.core()
+        if core.token is not self._known_to:
+            self._introduce(core)
+        refs = core.submit(self._template_no, self._num_returns, args, kwargs)
+        if self._num_returns == 1:
+            return refs[0]
+        return refs or None
+
+    def _introduce(self, core: CoreWorker) -> None:
+        given = self._options
+        function_id = core.export(self._function)
+        name = given.get("name") or name_of(self._function).rpartition("<locals>.")[2]
+        self._template_no = core.template(
+            TaskOptions(
+                kind=TASK,
+                function_id=function_id,
+                name=name,
+                num_returns=self._num_returns,
+                resources=options.resources_of(given, default_cpus=1),
+                max_retries=given.get("max_retries", 3),
+                retry_exceptions=options.retry_exceptions_of(given.get("retry_exceptions", False)),
+            )
+        )
+        self._known_to = core.token
+
+    def options(self, **given: Any) -> RemoteFunction[R]:
+        """The same function with other options."""
+        checked = options.check(given, options.TASK, "options")
+        return RemoteFunction(self._function, {**self._options, **checked})
+
+    def _remote(self, args: Any = (), kwargs: Any = None, **given: Any) -> Any:
+        return self.options(**given).remote(*(args or ()), **(kwargs or {}))
+
+    def __reduce__(self) -> Any:
+        return (RemoteFunction, (self._function, self._options))

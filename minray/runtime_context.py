@@ -1,0 +1,92 @@
+"""Where am I?  `get_runtime_context()` tells a program which job, node, worker, task and actor it is part of."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from minray import api, ids
+from minray.core_worker import CoreWorker
+from minray.driver import Driver
+
+
+class RuntimeContext:
+    """IDs are hex strings, as in Ray; None where there is no such thing."""
+
+    def __init__(self, core: CoreWorker) -> None:
+        self._core = core
+
+    def get_job_id(self) -> str:
+        return self._core.job_id.hex()
+
+    def get_node_id(self) -> str:
+        return self._core.node_id.hex()
+
+    def get_worker_id(self) -> str:
+        return ids.pack_id(self._core.job_id[:8], self._core.client, ids.WORKER).hex()
+
+    def get_task_id(self) -> str | None:
+        """None in the driver."""
+        return None if isinstance(self._core, Driver) else self._core.context().task_id.hex()
+
+    def get_task_name(self) -> str | None:
+        task_options = self._core.context().options
+        return task_options.name if task_options is not None else None
+
+    get_task_function_name = get_task_name
+
+    def get_actor_id(self) -> str | None:
+        actor_id = getattr(self._core, "actor_id", None)
+        return actor_id.hex() if actor_id is not None else None
+
+    def get_actor_name(self) -> str | None:
+        actor_id = getattr(self._core, "actor_id", None)
+        for row in api._query("actors"):
+            if row[0] == actor_id:
+                return str(row[2] or "")
+        return None
+
+    def get_assigned_resources(self) -> dict[str, float]:
+        """What the task or actor holds; {} in the driver."""
+        return dict(getattr(self._core, "resources", {}))
+
+    def get_accelerator_ids(self) -> dict[str, list[str]]:
+        return {"GPU": [str(gpu) for gpu in getattr(self._core, "gpu_ids", ())]}
+
+    def get_node_labels(self) -> dict[str, str]:
+        return {}
+
+    @property
+    def namespace(self) -> str:
+        return self._core.namespace
+
+    @property
+    def was_current_actor_reconstructed(self) -> bool:
+        """Whether this actor was made again after its worker had died."""
+        return bool(getattr(self._core, "reconstructed", False))
+
+    @property
+    def current_actor(self) -> Any:
+        """A handle to the actor that asks."""
+        from minray.actor import handle_of
+        from minray.worker import Worker
+
+        core = self._core
+        if not isinstance(core, Worker) or core.actor_id is None or core.actor_options is None:
+            raise RuntimeError("current_actor: this is not an actor")
+        return handle_of(core.actor_id, core.actor_options.interface)
+
+    def get(self) -> dict[str, Any]:
+        return {
+            "job_id": self.get_job_id(), "node_id": self.get_node_id(), "namespace": self.namespace, "pid": os.getpid(),
+        }  # fmt: skip
+
+
+def get_runtime_context() -> RuntimeContext:
+    """The context of whoever calls: driver, task or actor."""
+    return RuntimeContext(api.core())
+
+
+def get_gpu_ids() -> list[int | str]:
+    """The GPUs that the calling task or actor may use; [] in the driver."""
+    return list(getattr(api.core(), "gpu_ids", ()))

@@ -1,0 +1,97 @@
+"""What a task is, as data: its options, its spec, and the names of its states.
+
+A *spec* describes a task and never changes: which function, which arguments, whose
+child it is.  It is the lineage: with it the task can be run again.  What all calls of
+one function share (name, resources, retries) stands once, in `TaskOptions`; a spec
+points to it, and on the wire it is a small number.
+
+Nothing here knows of queues, workers or time.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+TASK_STATES = (
+    "PENDING_ARGS_AVAIL",
+    "PENDING_NODE_ASSIGNMENT",
+    "SUBMITTED_TO_WORKER",
+    "RUNNING",
+    "FINISHED",
+    "FAILED",
+)
+PENDING_ARGS_AVAIL, PENDING_NODE_ASSIGNMENT, SUBMITTED_TO_WORKER, RUNNING, FINISHED, FAILED = range(6)
+
+ACTOR_STATES = ("DEPENDENCIES_UNREADY", "PENDING_CREATION", "ALIVE", "RESTARTING", "DEAD")
+DEPENDENCIES_UNREADY, PENDING_CREATION, ALIVE, RESTARTING, DEAD = range(5)
+
+WORKER_STATES = ("STARTING", "ALIVE", "DEAD")
+OBJECT_STATES = ("PENDING", "READY", "FREED", "LOST")
+LOCATIONS = ("inline", "arena", "spilled")
+
+TASK, ACTOR_CREATION, ACTOR_METHOD = range(3)
+"""Kinds of task: a function's, a class's constructor, a method's."""
+
+UNIT = 10_000
+"""Resources are counted in integer ten-thousandths, so that fractions add up exactly."""
+
+INLINE, ARENA, SPILLED = range(3)
+"""Where an object lies: in the node's table, in shared memory, in a file."""
+
+OK, ERROR, RETRYABLE_ERROR, CANCELLED, ACTOR_EXITED = range(5)
+"""How a task ended, in the worker's words.  A retryable error is one that `retry_exceptions` names."""
+
+Resources = tuple[tuple[str, int], ...]
+"""Sorted (name, ten-thousandths) pairs: a task's demand, and the key of its queue."""
+
+
+class TaskOptions(NamedTuple):
+    """What all calls of one function (with the same options) share.  Plain data: it travels and is stored."""
+
+    kind: int  # TASK, ACTOR_CREATION or ACTOR_METHOD
+    function_id: bytes  # of the pickled function or class
+    name: str  # for people; the function's qualified name unless given
+    method: str = ""  # of an actor's class
+    num_returns: int = 1
+    resources: Resources = ()
+    max_retries: int = 3  # -1: without end
+    retry_exceptions: bytes | bool = False  # True, or a pickled tuple of exception classes
+    max_concurrency: int = 1  # threads of an actor
+    interface: bytes = b""  # of an actor: the pickled `actor.Interface` that a handle to it needs
+
+
+class ActorOptions(NamedTuple):
+    """What a node must know of an actor beyond its creation task."""
+
+    class_name: str
+    name: str | None = None
+    namespace: str = ""
+    detached: bool = False
+    max_restarts: int = 0  # -1: without end
+
+
+class TaskSpec:
+    """The description of one task.  Immutable once submitted."""
+
+    __slots__ = ("task_id", "template_no", "args", "deps", "nested", "actor_id", "actor")
+
+    def __init__(
+        self,
+        task_id: bytes,
+        template_no: int,
+        args: bytes | None = None,
+        deps: tuple[bytes, ...] = (),
+        nested: tuple[bytes, ...] = (),
+        actor_id: bytes | None = None,
+        actor: ActorOptions | None = None,
+    ) -> None:
+        self.task_id = task_id
+        self.template_no = template_no  # of the TaskOptions, as the submitting process numbers them
+        self.args = args  # pickled (args, kwargs); None: no arguments; b"": they are the last dep
+        self.deps = deps  # objects to resolve before the task starts
+        self.nested = nested  # objects that the arguments contain: kept alive, passed as refs
+        self.actor_id = actor_id  # of the actor whose method this is
+        self.actor = actor  # for an actor's creation
+
+    def to_wire(self) -> tuple[object, ...]:
+        return (self.task_id, self.template_no, self.args, self.deps, self.nested, self.actor_id, self.actor)

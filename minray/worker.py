@@ -1,0 +1,679 @@
+"""A worker: runs one task at a time, or hosts one actor.
+
+The main thread executes.  Between tasks it leads the loop (loop.py), which here is a
+blocking read of its one socket.  While a task computes, the caretaker takes over after 5 ms:
+it gives unstarted tasks back, cancels, and sends results that wait.
+
+Results may wait for each other to be sent in one frame, but only while nobody could
+notice: the next task is one that has always been short (the node says so), and the last
+frame is less than a millisecond old.  In all other cases a result leaves at once.
+
+A task can do anything to its process.  It may close file descriptors (ours are numbered
+high), change the directory (put back), fork (the child ends where the task ends), exit
+(an error to the caller), raise anything.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import gc
+import io
+import os
+import random
+import select
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import compress, count, islice
+from time import monotonic
+from types import FrameType
+from typing import Any
+
+from minray import api, ids, object_ref
+from minray.clock import EPOCH
+from minray.channel import RECEIVE_BYTES, FrameReader, frame
+from minray.core_worker import CoreWorker, Resolved, TaskContext, unpickle_classes
+from minray.exceptions import (
+    ActorDiedError, GetTimeoutError, make_argument_error, make_task_error,
+)  # fmt: skip
+from minray.interrupts import interrupt, raise_deferred, uninterruptible
+from minray.loop import SPIN_S, WORTH_SPINNING_S, Loop, Waiter
+from minray.messages import Event, ObjectsAwaited
+from minray.object_ref import ObjectRef
+from minray.object_store import Arena
+from minray.output_labels import LabelledFile
+from minray.serialization import INLINE_LIMIT, deserialize, serialize, to_bytes
+from minray.surroundings import OWN_FDS_FROM, Surroundings
+from minray.task_spec import (
+    ACTOR_CREATION, ACTOR_EXITED, ACTOR_METHOD, CANCELLED, ERROR, OK, RETRYABLE_ERROR, TASK, TaskOptions, TaskSpec,
+)  # fmt: skip
+
+HOLD_S = 0.001
+"""A result waits at most this long for company."""
+BLACK_BOX_SLOTS = 4096
+BLACK_BOX_BYTES = 17 * BLACK_BOX_SLOTS
+"""The start of the arena: for each worker the ID of the task that it executes, so that when it dies, or holds the GIL
+and cannot answer, the node knows which of the tasks it had in hand is the one; and a byte by which the node holds
+it."""
+
+NONE = serialize(None).data
+
+
+def black_box_offset(number: int) -> int:
+    return 16 * (number % BLACK_BOX_SLOTS)
+
+
+def hold_offset(number: int) -> int:
+    return 16 * BLACK_BOX_SLOTS + number % BLACK_BOX_SLOTS
+
+
+class _ArgumentFailed(Exception):
+    """A dependency is an error: the task is not run."""
+
+
+class ActorExit(BaseException):
+    """Raised by exit_actor(), saying why; not an Exception, so that a method's own handlers let it pass."""
+
+
+class Worker(CoreWorker):
+    def __init__(self, sock: socket.socket, config: dict[str, Any], number: int) -> None:
+        super().__init__()
+        self.client = number
+        self.config = config
+        self.job_id = config["job_id"]
+        self.namespace = config["namespace"]
+        high = fcntl.fcntl(sock.fileno(), fcntl.F_DUPFD_CLOEXEC, OWN_FDS_FROM)
+        sock.close()
+        self.sock = socket.socket(fileno=high)
+        wake_r, wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._wake_r = fcntl.fcntl(wake_r, fcntl.F_DUPFD_CLOEXEC, OWN_FDS_FROM)
+        self._wake_w = fcntl.fcntl(wake_w, fcntl.F_DUPFD_CLOEXEC, OWN_FDS_FROM)
+        os.close(wake_r)
+        os.close(wake_w)
+        self.arena = Arena.attach(config["arena"])
+        self._black_box = self.arena.write_view(black_box_offset(number), 16)
+        self._hold = self.arena.write_view(hold_offset(number), 1)  # set by the node, cleared here: see HoldNext
+        self._forgets = 0
+        self._in_hand: tuple[Any, ...] | None = None  # what the main thread took from the queue last
+        self._dropped: tuple[Any, ...] | None = None  # that one, if it was to be forgotten before it had started
+        self._reader = FrameReader()
+        self._roused = False  # something was dropped or submitted while the caretaker slept
+        self._spin = False  # the last read waited so little that spinning would have met it
+        self._poll_object = select.poll()
+        self._poll_object.register(self.sock, select.POLLIN)
+        self._poll_object.register(self._wake_r, select.POLLIN)
+        self.loop = Loop(self._poll, self._wake, "minray-caretaker")
+        self.queue: deque[tuple[Any, ...]] = deque()  # tasks not yet started
+        self._work = Waiter()  # the main thread waits on it when the queue is empty
+        self._idle = False
+        self._out: list[tuple[Any, ...]] = []  # messages to send
+        self._results: deque[tuple[bytes, int, Any, float, float]] = deque()
+        self._specs: list[tuple[Any, ...]] = []  # submitted, not yet in a message
+        self._specs_parent = b""
+        self._out_lock = threading.RLock()
+        self._sent_s = 0.0
+        self._templates_known: dict[int, TaskOptions] = {}
+        self._pickled: dict[bytes, bytes] = {}
+        self._loaded: dict[bytes, Any] = {}
+        self._context = TaskContext(ids.NIL, None)  # of the main thread
+        self._contexts: dict[int, TaskContext] = {}  # of an actor's threads
+        self._executing: bytes | None = None  # may be interrupted: user code of this task runs in the main thread
+        self._cancelled: set[bytes] = set()
+        self._blocked = 0
+        self.resources: dict[str, float] = {"CPU": 1.0}
+        self.gpu_ids: tuple[int | str, ...] = ()
+        self.actor: Any = None
+        self.actor_id: bytes | None = None
+        self.actor_options: TaskOptions | None = None
+        self._threads: ThreadPoolExecutor | None = None
+        self._exiting = False
+        self._over = False  # The actor has ended itself: nothing more is run.
+        self._forked = False
+        self.reconstructed = False
+        sys.stdout = sys.__stdout__ = _labelled(1, self)  # type: ignore[misc]
+        sys.stderr = sys.__stderr__ = _labelled(2, self)  # type: ignore[misc]
+        self.surroundings = Surroundings(self._on_interrupt)
+        os.register_at_fork(after_in_child=self._after_fork)
+
+    # ------------------------------------------------------------ the main thread
+
+    def run(self) -> None:
+        self.connect()
+        self.loop.start()
+        self.surroundings.watch()
+        queue = self.queue
+        while not self._over:
+            try:
+                self._in_hand = queue[0]  # Never in neither place: see _on_Forget.
+                task = queue.popleft()
+            except IndexError:
+                if self._exiting:
+                    break
+                self.flush()
+                self._work.done = False
+                self._idle = True  # Before the look: what comes after it rings.
+                if not queue and not self._exiting:
+                    with suppress(KeyboardInterrupt):
+                        self.loop.wait(self._work)
+                self._idle = False
+                continue
+            if self._threads is not None and self._templates_known[task[1]].kind == ACTOR_METHOD:
+                self._threads.submit(self._execute_in_thread, task)
+            else:
+                # First the ID, then the look: the node sets the mark first, and then looks for the ID.
+                self._black_box[:] = task[0]
+                if self._hold[0]:
+                    self._stand_still(task)
+                    continue
+                if self._dropped is task:
+                    continue
+                self._execute(task, self._context)
+                # The next may be long: send, unless it is known to be short and the last frame is young.
+                # A result that waits is lost with this process, and its task runs again: both must allow it.
+                if not (queue and queue[0][4] and task[4] and monotonic() - self._sent_s < HOLD_S):
+                    self.flush()
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+        self.flush()
+        self._end_actor()
+
+    def _stand_still(self, task: tuple[Any, ...]) -> None:
+        """The last task let nobody speak to this process: wait until the node has said what others have by now."""
+        self.queue.appendleft(task)
+        self._black_box[:] = ids.NIL
+        self.flush()
+        while self._hold[0]:
+            self._idle = True
+            self._work.done = False
+            if self._hold[0]:
+                with suppress(KeyboardInterrupt):
+                    self.loop.wait(self._work)
+            self._idle = False
+
+    def _end_actor(self) -> None:
+        """In an orderly end (not after kill) an actor may say its last word: Ray's `__ray_shutdown__`."""
+        last_word = getattr(self.actor, "__ray_shutdown__", None)
+        if last_word is not None:
+            try:
+                last_word()
+            except BaseException:
+                traceback.print_exc()
+
+    def _execute_in_thread(self, task: tuple[Any, ...]) -> None:
+        if self._over:
+            return
+        context = self._contexts[threading.get_ident()] = TaskContext(task[0], None)
+        self._execute(task, context)
+        self.flush()
+
+    def _execute(self, task: tuple[Any, ...], context: TaskContext) -> None:
+        task_id, template_no, args, values, _ = task
+        options = self._templates_known[template_no]
+        in_main = context is self._context
+        context.task_id = task_id
+        context.options = options
+        context.prefix = b""
+        context.puts = None
+        started_s = EPOCH + monotonic()
+        status: int = OK
+        payload: Any
+        try:
+            arguments, keywords = self._arguments(args, values) if args is not None else ((), {})
+            function = self._function(options)
+            if in_main:
+                self._executing = task_id
+            if self._cancelled and task_id in self._cancelled:
+                raise KeyboardInterrupt
+            value = function(*arguments, **keywords)
+            if options.num_returns > 1:
+                value = self._parts(options, value)  # If it is a generator, the task's code runs now.
+            self._executing = None
+            del arguments, keywords
+            if value is None and options.num_returns == 1:
+                payload = NONE
+            else:
+                payload = self._returns(task_id, options, value)
+                # `value` lives until the result is in the list: were its refs dropped before, the caretaker could
+                # report that ahead of the result that contains them.
+        except BaseException as error:  # noqa: B036  (whatever the task raises is its caller's)
+            self._executing = None
+            status, payload = self._failure(error, options, task_id)
+            error.__traceback__ = None
+        finally:
+            self._executing = None
+        if self._forked:
+            os._exit(0)
+        if self._cancelled:
+            self._cancelled.discard(task_id)
+        around = self.surroundings
+        if around.disturbed or sys.stdout is not around.stdout or sys.stderr is not around.stderr:
+            if self.actor is None and in_main:
+                around.restore()
+        finished_s = EPOCH + monotonic()
+        if in_main:
+            self._black_box[:] = ids.NIL
+        self._results.append((task_id, status, payload, started_s, finished_s))
+
+    def _function(self, options: TaskOptions) -> Callable[..., Any]:
+        if options.kind == ACTOR_METHOD:
+            if options.method == "__ray_call__":
+                return lambda function, *args, **kwargs: function(self.actor, *args, **kwargs)
+            if options.method == "__ray_terminate__":
+                raise ActorExit("__ray_terminate__ was called on it")
+            if options.method == "__ray_ready__":
+                return lambda: True
+            return getattr(self.actor, options.method)  # type: ignore[no-any-return]
+        function = self._loaded.get(options.function_id)
+        if function is None:
+            function = deserialize(self._pickled[options.function_id])
+            self._loaded[options.function_id] = function
+        if options.kind == ACTOR_CREATION:
+            return lambda *args, **kwargs: self._construct(function, options, args, kwargs)
+        return function  # type: ignore[no-any-return]
+
+    def _construct(self, cls: Any, options: TaskOptions, args: Any, kwargs: Any) -> None:
+        self.actor_id = self._context.task_id
+        self.actor_options = options
+        self.actor = cls(*args, **kwargs)
+        if options.max_concurrency > 1:
+            self._threads = ThreadPoolExecutor(options.max_concurrency, thread_name_prefix="minray-actor")
+
+    def _arguments(self, args: bytes, values: list[Any] | None) -> tuple[Any, dict[str, Any]]:
+        """Unpickle, and put the values of dependencies in their places."""
+        resolved: list[Any] = []
+        if values is not None:
+            unread = iter(values)
+            try:
+                for data, size, is_error, object_id in unread:
+                    loaded = self.load(object_id, data, size)
+                    if is_error:
+                        raise _ArgumentFailed(loaded)
+                    resolved.append(loaded)
+            finally:
+                self.unpin_unread(unread)  # None, unless one was an error or could not be unpickled.
+        packed = deserialize(args) if args else resolved.pop()
+        positional, keywords = packed if type(packed) is list else (packed, {})
+        if resolved:
+            positional = tuple(resolved[a.index] if type(a) is Resolved else a for a in positional)
+            keywords = {k: resolved[a.index] if type(a) is Resolved else a for k, a in keywords.items()}
+        return positional, keywords
+
+    # ------------------------------------------------------------ results
+
+    def _returns(self, task_id: bytes, options: TaskOptions, value: Any) -> Any:
+        """The payload of OK: the pickled value, or a `Value` for each return."""
+        count = options.num_returns
+        if count == 1:
+            serialized = serialize(value, f"the result of {options.name}()")
+            if serialized.size <= INLINE_LIMIT and not serialized.refs:
+                return to_bytes(serialized)
+            return [self.store(task_id, serialized)]
+        if count == 0:
+            return []
+        serialized_parts = [
+            serialize(part, f"the result of {options.name}()[{index}]") for index, part in enumerate(value)
+        ]  # All of them before any is stored: a failure must not leave memory behind.
+        return [self.store(ids.return_id(task_id, i), part) for i, part in enumerate(serialized_parts)]
+
+    def _parts(self, options: TaskOptions, value: Any) -> list[Any]:
+        count = options.num_returns
+        if not hasattr(value, "__iter__"):
+            raise ValueError(
+                f"{options.name}() has num_returns={count} and returned one {type(value).__name__}, not {count} values."
+            )
+        parts = list(value)
+        if len(parts) != count:
+            raise ValueError(f"{options.name}() has num_returns={count} and returned {len(parts)} values.")
+        return parts
+
+    def _failure(self, error: BaseException, options: TaskOptions, task_id: bytes) -> tuple[int, Any]:
+        """The status and payload of a task that raised."""
+        if isinstance(error, KeyboardInterrupt) and task_id in self._cancelled:
+            self._cancelled.discard(task_id)
+            return CANCELLED, (b"", "cancelled")
+        if isinstance(error, ActorExit):
+            self._exiting = self._over = True
+            self.queue.clear()
+            return ACTOR_EXITED, (b"", str(error))
+        wrapped: BaseException
+        if isinstance(error, _ArgumentFailed):
+            wrapped = make_argument_error(error.args[0], options.name)
+        else:
+            actor_id = self.actor_id.hex() if self.actor_id is not None else None
+            wrapped = make_task_error(error, options.name, os.getpid(), actor_id=actor_id, actor_repr=self._repr())
+        text = _one_line(error)
+        if options.kind == ACTOR_CREATION:
+            name = options.name.removesuffix(".__init__")
+            wrapped = ActorDiedError(
+                f"actor {name} [{ids.short(task_id)}] is dead: its constructor failed. No call was run.\n{wrapped}",
+                actor_id=task_id.hex(),
+                actor_init_failed=True,
+                cause=wrapped,
+            )
+        elif options.retry_exceptions and isinstance(error, Exception):
+            retry = options.retry_exceptions
+            if retry is True or isinstance(error, unpickle_classes(retry)):
+                return RETRYABLE_ERROR, (to_bytes(serialize(wrapped)), text)
+        return ERROR, (to_bytes(serialize(wrapped)), text)
+
+    def _repr(self) -> str | None:
+        if self.actor is None or type(self.actor).__repr__ is object.__repr__:  # type: ignore[comparison-overlap]
+            return None
+        try:
+            return repr(self.actor)
+        except Exception:
+            return None
+
+    # ------------------------------------------------------------ sending
+
+    def label(self) -> str | None:
+        """Under which name the output of this thread appears."""
+        options = self.context().options
+        if options is None:
+            return None
+        return options.name.rpartition("<locals>.")[2] if options.kind == TASK else options.name.partition(".")[0]
+
+    def context(self) -> TaskContext:
+        return self._contexts.get(threading.get_ident(), self._context) if self._contexts else self._context
+
+    def send(self, event: Event) -> None:
+        with self._out_lock:
+            self._collect_specs()
+            self._out.append((type(event).__name__, *event[1:]))
+
+    def send_now(self, event: Event) -> None:
+        self.send(event)
+        self.flush()
+
+    def submit_spec(self, spec: TaskSpec, num_returns: int) -> None:
+        parent = self.context().task_id
+        with self._out_lock:
+            if parent != self._specs_parent:
+                self._collect_specs()
+                self._specs_parent = parent
+            self._specs.append(spec.to_wire())
+            for index in range(num_returns):
+                self.references.adopt(ids.return_id(spec.task_id, index))
+        if self._blocked or monotonic() - self._sent_s > HOLD_S or len(self._specs) >= 100:
+            self.flush()  # Also when the main thread only reads, in get(): nobody else would send this.
+        else:
+            object_ref.rouse()  # Should this task compute now, the caretaker sends the rest.
+
+    def _collect_specs(self) -> None:
+        if self._specs:
+            self._out.append(("TasksSubmitted", self._specs_parent, self._specs))
+            self._specs = []
+
+    def flush(self) -> None:
+        """Send everything there is, in an order in which nothing is freed that is still needed."""
+        self._flush()
+        raise_deferred()
+
+    @uninterruptible
+    def _flush(self) -> None:
+        with self._out_lock:
+            references = self.references
+            # Counted first: what is done while we collect the rest goes with the next frame.
+            droppable, finished = len(references.dropped), len(self._results)
+            self._collect_specs()
+            messages, self._out = self._out, []
+            if references.born:
+                acquired = references.count_born()
+                if acquired:
+                    messages.insert(0, ("ReferencesChanged", acquired, []))
+            if finished:
+                messages.append(("TasksFinished", [self._results.popleft() for _ in range(finished)]))
+            if droppable:
+                released = references.count_dropped(droppable)
+                if released:
+                    messages.append(("ReferencesChanged", [], released))
+            if self.unpinned:
+                messages.append(("Unpinned", self.take_unpinned()))
+            if not messages:
+                return
+            if sys.stdout is not None:
+                with suppress(Exception):
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+            try:
+                self.sock.sendall(frame(messages))
+            except OSError:
+                os._exit(1)  # The node is gone.
+            self._sent_s = monotonic()
+
+    # ------------------------------------------------------------ receiving
+
+    def _wake(self) -> None:
+        with suppress(OSError):
+            os.write(self._wake_w, b"w")
+
+    def _poll(self, timeout: float | None, caretaking: bool) -> None:
+        caretaking = caretaking or self._threads is not None  # Then others run the tasks, and this thread can.
+        if caretaking and self._roused:
+            self._roused = False  # More may follow: a burst goes in large frames.
+            timeout = HOLD_S if timeout is None else min(timeout, HOLD_S)
+        elif caretaking:
+            object_ref.rouse_by(self._wake)  # Before it looks: what is dropped or submitted from now on rings.
+            self._take_care()
+        if caretaking or timeout is not None:
+            for fd, _ in self._poll_object.poll(None if timeout is None else timeout * 1000):
+                if fd == self._wake_r:
+                    self._roused = caretaking
+                    with suppress(BlockingIOError):
+                        os.read(self._wake_r, 4096)
+                else:
+                    self._receive()
+        else:
+            self._receive()
+        raise_deferred()
+
+    def _take_care(self) -> None:
+        """A task has been computing for some ms: nobody may wait for what was done before it."""
+        if self._results or self._specs or self._out or self.references.dropped or self.unpinned:
+            self._flush()
+
+    @uninterruptible
+    def _receive(self) -> None:
+        try:
+            data = self._next_bytes()
+        except InterruptedError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            os._exit(1)  # The node is gone, and with it everyone who could want a result.
+        for messages in self._reader.feed(data):
+            for message in messages:
+                getattr(self, "_on_" + message[0])(*message[1:])
+
+    def _next_bytes(self) -> bytes:
+        """Read; spin for a moment first while answers come fast (see loop.SPIN_S)."""
+        recv = self.sock.recv
+        started = now = monotonic()
+        while self._spin and now - started < SPIN_S:
+            try:
+                return recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                now = monotonic()
+        data = recv(RECEIVE_BYTES)
+        self._spin = monotonic() - started < WORTH_SPINNING_S
+        return data
+
+    def _on_RunTasks(self, tasks: list[tuple[Any, ...]]) -> None:
+        self.queue.extend(tasks)
+        if self._blocked and self.actor is None:
+            # They were on their way when the running task blocked.  Queued first, then looked, while the other thread
+            # counts itself blocked first, then looks: one of the two sees them, or they would wait behind that task.
+            self._on_TakeBack(len(self.queue))
+        elif self._idle:
+            self._work.set()
+
+    def _on_DefineFunction(self, function_id: bytes, pickled: bytes) -> None:
+        self._pickled[function_id] = pickled
+
+    def _on_DefineTemplate(self, template_no: int, options: tuple[Any, ...]) -> None:
+        self._templates_known[template_no] = TaskOptions(*options)
+
+    def _on_AssignResources(self, num_cpus: float, gpu_ids: tuple[int, ...], resources: dict[str, float]) -> None:
+        names = self.config["gpus"]
+        self.resources = resources
+        self.gpu_ids = tuple(names[gpu] for gpu in gpu_ids) if names else gpu_ids
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpu_ids))
+        if "OMP_NUM_THREADS" not in self.config["environment"]:
+            os.environ["OMP_NUM_THREADS"] = str(max(1, int(num_cpus)))
+
+    def _on_MarkReconstructed(self) -> None:
+        self.reconstructed = True
+
+    def _on_TakeBack(self, count: int) -> None:
+        taken: list[bytes] = []
+        while len(taken) < count:
+            try:
+                taken.append(self.queue.pop()[0])  # The main thread takes from the other end.
+            except IndexError:
+                break
+        self._give_back(taken[::-1])
+
+    def _give_back(self, task_ids: list[bytes]) -> None:
+        with self._out_lock:
+            self._out.append(("TasksReturned", task_ids, self._forgets))
+            self._flush()
+
+    def _on_Forget(self, task_ids: list[bytes]) -> None:
+        forgotten = set(task_ids)
+        for task in list(self.queue):
+            if task[0] in forgotten:
+                with suppress(ValueError):
+                    self.queue.remove(task)
+                    forgotten.discard(task[0])
+        # By identity: what was given back meanwhile may come again under the same ID.
+        if self._in_hand is not None and self._in_hand[0] in forgotten:
+            self._dropped = self._in_hand
+        self._forgets += bool(task_ids)
+        self._hold[0] = 0
+        if self._idle:
+            self._work.set()
+
+    def _on_CancelTask(self, task_id: bytes) -> None:
+        for task in list(self.queue):
+            if task[0] == task_id:
+                with suppress(ValueError):
+                    self.queue.remove(task)
+                    self.unpin_unread(task[3] or ())
+                    now = EPOCH + monotonic()
+                    with self._out_lock:
+                        self._results.append((task_id, CANCELLED, (b"", "cancelled"), now, now))
+                        self._flush()
+                    return
+        self._cancelled.add(task_id)
+        if self._executing == task_id and self.actor is None:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    def _on_Reply(self, request_id: int, answer: Any) -> None:
+        waiter = self.answered(request_id, answer)
+        if waiter is not None:
+            waiter.set(answer)
+        else:
+            self.answered_in_vain(answer)
+
+    def _on_ExitWorker(self) -> None:
+        self._exiting = True
+        if self._idle:
+            self._work.set()
+
+    def _on_interrupt(self, number: int, at: FrameType | None) -> None:
+        task_id = self._executing
+
+        def act() -> None:
+            if task_id is not None and self._executing == task_id and task_id in self._cancelled:
+                raise KeyboardInterrupt
+
+        interrupt(at, act)
+
+    def _after_fork(self) -> None:
+        """In a child that a task has forked: it must not speak for this worker."""
+        self._forked = True
+        with suppress(OSError):
+            self.sock.close()
+
+    # ------------------------------------------------------------ waiting
+
+    def _await(self, refs: Sequence[ObjectRef[Any]], num_ready: int, fetch: bool, deadline: float | None) -> Any:
+        object_ids = [bytes(ref) for ref in refs]
+        in_main = threading.current_thread() is threading.main_thread()
+        blocks = in_main or self._threads is not None
+        self._blocked += in_main  # Before the look at the queue: see _on_RunTasks.
+        try:
+            if in_main and self.actor is None and self.queue:
+                self._on_TakeBack(len(self.queue))  # This may take long: let others have them.
+            return self.request(
+                lambda rid: ObjectsAwaited(self.client, rid, object_ids, num_ready, fetch, blocks), deadline
+            )
+        finally:
+            self._blocked -= in_main
+
+    def get_values(self, refs: Sequence[ObjectRef[Any]], deadline: float | None) -> list[Any]:
+        if not refs:
+            return []
+        try:
+            fetched = self._await(refs, len(refs), True, deadline)
+        except TimeoutError:
+            pending = list(self._await(refs, 0, False, None)).count(False)
+            if pending:  # Else they were ready all the time: get(timeout=0) looks, and does not wait.
+                raise GetTimeoutError(
+                    f"get() waited for {len(refs)} object(s); {pending} of them were not ready in time. "
+                    "Their tasks go on; get() may be called again, minray.cancel() ends them."
+                ) from None
+            fetched = self._await(refs, len(refs), True, None)
+        unread = iter(fetched)
+        try:
+            # None: not ready. Then another one is an error, which is raised here.
+            return [self.load_or_raise(*item) for item in unread if item is not None]
+        finally:
+            self.unpin_unread(unread)
+
+    def ready_positions(self, refs: Sequence[ObjectRef[Any]], num_ready: int, deadline: float | None) -> list[int]:
+        try:
+            flags = self._await(refs, num_ready, False, deadline)
+        except TimeoutError:
+            flags = self._await(refs, 0, False, None)
+        return list(islice(compress(count(), flags), num_ready))
+
+
+def _one_line(error: BaseException) -> str:
+    """For tables and logs: its class and the start of what it says."""
+    try:
+        said = str(error).strip().partition("\n")[0][:500]
+    except Exception:  # Its class may do as it likes.
+        said = "its message cannot be shown"
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def main(sock: socket.socket, config: dict[str, Any], number: int, path: list[str], directory: str) -> None:
+    """The body of a worker process, just forked from the zygote."""
+    sys.path[:] = path
+    sys.argv = [""]
+    with suppress(OSError):
+        os.chdir(directory)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    random.seed()  # All workers are copies of one process: their random numbers must not be.
+    numpy_random = sys.modules.get("numpy.random")  # numpy loads it when it is first used: 15 ms.
+    if numpy_random is not None:
+        numpy_random.seed()
+    gc.unfreeze()
+    worker = Worker(sock, config, number)
+    api.set_core(worker)
+    worker.run()
+    atexit._run_exitfuncs()
+
+
+def _labelled(fd: int, worker: Worker) -> io.TextIOWrapper:
+    file = io.BufferedWriter(LabelledFile(fd, worker.label))
+    return io.TextIOWrapper(file, "utf-8", "backslashreplace", line_buffering=True)

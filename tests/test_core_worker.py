@@ -1,0 +1,179 @@
+"""What two threads of one process may do at once, and what is left when a wait ends early."""
+
+import gc
+import threading
+import time
+import types
+import weakref
+
+import pytest
+
+import minray
+from minray import api, core_worker, ids
+from minray.messages import TemplateDefined
+
+
+@pytest.mark.parametrize("next_id", ["next_task_id", "next_put_id"])
+def test_two_threads_that_begin_at_once_get_two_ids(next_id, monkeypatch):
+    context, made = core_worker.TaskContext(ids.root_task_id(b"job"), None), []
+    real = core_worker.itertools.count
+
+    def slow_count(start):
+        counter = real(start)
+        time.sleep(0.05)  # As if another thread were given the GIL here.
+        return counter
+
+    monkeypatch.setattr(core_worker, "itertools", types.SimpleNamespace(count=slow_count))
+    threads = [threading.Thread(target=lambda: made.append(getattr(context, next_id)())) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(made)) == 3
+
+
+def test_a_function_that_two_threads_use_first_is_known_before_either_call(session, monkeypatch):
+    core, results = api.core(), []
+    real = core.send
+
+    def slow_send(event):
+        if isinstance(event, TemplateDefined):
+            time.sleep(0.05)
+        real(event)
+
+    monkeypatch.setattr(core, "send", slow_send)
+
+    @minray.remote
+    def one():
+        return 1
+
+    threads = [threading.Thread(target=lambda: results.append(minray.get(one.remote()))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.02)
+    for thread in threads:
+        thread.join()
+    assert results == [1, 1]
+
+
+@pytest.mark.parametrize("where", ["task", "actor with threads", "beside get"])
+def test_what_a_task_submits_starts_although_the_task_goes_on(session, where):
+    @minray.remote(num_cpus=0)
+    def now():
+        return time.time()
+
+    @minray.remote(num_cpus=0)
+    def sleep(seconds):
+        time.sleep(seconds)
+
+    def burst_then_work():
+        time.sleep(0.05)  # Longer than the caretaker waits.
+        started = time.time()
+        refs = [now.remote() for _ in range(3)]
+        time.sleep(1)
+        return started, refs
+
+    def beside_get():
+        found = []
+        thread = threading.Thread(target=lambda: found.append(burst_then_work()))
+        thread.start()
+        minray.get(sleep.remote(1.2))
+        thread.join()
+        return found[0]
+
+    @minray.remote(max_concurrency=2)
+    class Threaded:
+        def burst(self):
+            return burst_then_work()
+
+    minray.get([now.remote() for _ in range(8)])
+    ref = {
+        "task": lambda: minray.remote(burst_then_work).remote(),
+        "actor with threads": lambda: Threaded.remote().burst.remote(),
+        "beside get": lambda: minray.remote(beside_get).remote(),
+    }[where]()
+    started, refs = minray.get(ref)
+    assert max(minray.get(refs)) - started < 0.7
+
+
+def test_an_answer_that_comes_in_the_moment_of_an_interrupt_pins_nothing(session):
+    @minray.remote
+    def interrupted(refs):
+        core = api.core()
+        real = core.loop.wait
+
+        def wait(waiter, deadline=None):
+            real(waiter, deadline)
+            raise KeyboardInterrupt
+
+        core.loop.wait = wait
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                minray.get(refs[0])
+        finally:
+            core.loop.wait = real
+
+    ref = minray.put(bytes(1 << 20))
+    minray.get(interrupted.remote([ref]))
+    node, deadline = api.core().node, time.monotonic() + 5
+    while any(worker.pins for worker in node.scheduler.workers.values()) and time.monotonic() < deadline:
+        minray.wait([ref], timeout=0)
+    assert not any(worker.pins for worker in node.scheduler.workers.values())
+
+
+def test_a_future_ends_with_its_session():
+    with minray.init(num_cpus=1):
+        future = minray.remote(time.sleep).remote(60).future()
+    with pytest.raises(RuntimeError, match="shut down"):
+        future.result(timeout=5)
+
+
+def test_remote_functions_do_not_keep_the_sessions_that_they_were_used_in():
+    functions, sessions = [], []
+    for _ in range(3):
+        functions.append(minray.remote(lambda: 1))
+        with minray.init(num_cpus=1):
+            minray.get(functions[-1].remote())
+            sessions.append(weakref.ref(api.core()))
+    gc.collect()
+    assert [session() for session in sessions[:2]] == [None, None]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_error_in_the_node_is_told_to_everyone_who_waits(monkeypatch, capfd):
+    with minray.init(num_cpus=1):
+        core = api.core()
+        ref = minray.remote(time.sleep).remote(0.2)
+        future = ref.future()
+
+        def handle(event, now):
+            raise KeyError("planted")
+
+        monkeypatch.setattr(core.node, "handle", handle)
+        with pytest.raises(RuntimeError, match="planted"):
+            future.result(timeout=10)
+        monkeypatch.undo()
+        with pytest.raises(RuntimeError, match=r"planted.*shutdown"):
+            minray.get(ref)
+
+
+def test_wake_is_heard_although_others_wake_at_the_same_time(session):
+    raylet = api.core().raylet
+    over = threading.Event()
+
+    def hammer():
+        while not over.is_set():
+            raylet.wake()
+            time.sleep(0)
+
+    threads = [threading.Thread(target=hammer) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(2)
+    over.set()
+    for thread in threads:
+        thread.join()
+    deadline = time.monotonic() + 5
+    while raylet._awake and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not raylet._awake
