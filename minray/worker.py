@@ -179,6 +179,8 @@ class Worker(CoreWorker):
                 # A result that waits is lost with this process, and its task runs again: both must allow it.
                 if not (queue and queue[0][4] and task[4] and monotonic() - self._sent_s < HOLD_S):
                     self.flush()
+                else:
+                    object_ref.rouse()  # Should the caretaker be in the poll already, it sends this in a moment.
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
         self.flush()

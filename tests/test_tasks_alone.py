@@ -141,6 +141,26 @@ def test_a_finished_result_is_seen_while_the_next_task_of_that_worker_runs_long(
         assert time.time() - finished < 0.1
 
 
+def test_a_result_that_waits_for_company_is_sent_though_the_caretaker_sleeps_in_the_poll():
+    @minray.remote
+    def run(seconds):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            pass
+        return time.time()
+
+    @minray.remote
+    def long_enough_for_the_caretaker_to_lead():
+        time.sleep(0.05)
+
+    with minray.init(num_cpus=1):
+        minray.get([run.remote(0) for _ in range(50)])  # Known to be short.
+        refs = [long_enough_for_the_caretaker_to_lead.remote(), run.remote(0), run.remote(0.5)]
+        finished = minray.get(refs[1], timeout=10)
+        assert time.time() - finished < 0.3
+        assert minray.wait(refs[2:], timeout=0) == ([], refs[2:])
+
+
 def test_a_worker_makes_no_cyclic_garbage_either():
     @minray.remote
     def work(fail=False):
