@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from operator import countOf
 from time import monotonic
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import cloudpickle
 
@@ -29,12 +29,15 @@ from minray.interrupts import uninterruptible
 from minray.loop import Loop, Waiter
 from minray.messages import (
     ActorKillRequested, BlockRefused, BlockRequested, BlocksSpilled, CancelRequested, Event, FunctionExported,
-    ObjectPut, ObjectsAwaited, RequestAbandoned, RoomAbandoned, TemplateDefined, Value,
+    ObjectLost, ObjectPut, ObjectsAwaited, RequestAbandoned, RoomAbandoned, TemplateDefined, Value,
 )  # fmt: skip
 from minray.object_ref import ObjectRef, new_ref
 from minray.reference_counter import ReferenceCounter, References
 from minray.serialization import INLINE_LIMIT, Serialized, deserialize, flat_chunks, serialize, to_bytes, write_flat
 from minray.task_spec import ActorOptions, TaskOptions, TaskSpec
+
+if TYPE_CHECKING:
+    from minray.code_digest import Digester
 
 REQUEST_TIMEOUT_S = 60.0
 """For answers that depend on no task; the node is down if they take longer."""
@@ -84,6 +87,16 @@ class Resolved:
         return (Resolved, (self.index,))
 
 
+class ValueLost(Exception):
+    """A value could not be read where the node said it lies: the caller tells the node, and waits for it anew."""
+
+    def __init__(self, object_id: bytes, data: Any, reason: str) -> None:
+        super().__init__(object_id, data, reason)
+        self.object_id = object_id
+        self.data = data
+        self.reason = reason
+
+
 class CoreWorker(ABC):
     def __init__(self) -> None:
         self.references: References = ReferenceCounter()
@@ -97,6 +110,7 @@ class CoreWorker(ABC):
         self._templates: dict[TaskOptions, int] = {}
         self._functions: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
         self._export_lock = threading.Lock()
+        self.digester: Digester | None = None  # in durable jobs
         self.token = object()  # for remote functions, to note that they are known here; they must not keep the session
 
     @property
@@ -187,6 +201,8 @@ class CoreWorker(ABC):
             name = name_of(function)
             module = getattr(function, "__module__", "") or ""
             self.send(FunctionExported(self.client, function_id, pickled, name, module, _source_of(function)))
+            if self.digester is not None:
+                self.digester.learn_function(function_id, function, name)
             try:
                 self._functions[function] = function_id
             except TypeError:
@@ -202,6 +218,8 @@ class CoreWorker(ABC):
                 if number is None:
                     number = len(self._templates) + 1
                     self.send(TemplateDefined(self.client, number, options))
+                    if self.digester is not None:
+                        self.digester.learn_template(number, options)
                     self._templates[options] = number  # Only now: other threads use it without the lock.
         return number
 
@@ -224,6 +242,8 @@ class CoreWorker(ABC):
             spec, stored = self._spec_with_arguments(task_id, template_no, args, kwargs, actor_id, actor)
         else:
             spec = TaskSpec(task_id, template_no, None, (), (), actor_id, actor)
+        if self.digester is not None:
+            spec.digest = self.digester.of_call(template_no, args, kwargs)
         # The refs first: should Ctrl-C come in between, they drop what was submitted.
         if num_returns == 1:
             refs = [new_ref(task_id)]
@@ -273,14 +293,15 @@ class CoreWorker(ABC):
                 "put() takes a value, got an ObjectRef: what it refers to is in the store already. "
                 "To store the ref itself, put it in a list: minray.put([ref])"
             )
-        return self._put_serialized(serialize(value))
+        digest = self.digester.of_value(value) if self.digester is not None else b""
+        return self._put_serialized(serialize(value), digest)
 
-    def _put_serialized(self, serialized: Serialized) -> ObjectRef[Any]:
+    def _put_serialized(self, serialized: Serialized, digest: bytes = b"") -> ObjectRef[Any]:
         object_id = self.context().next_put_id()
         self.references.adopt(object_id)
         ref = new_ref(object_id)
         try:
-            self.send(ObjectPut(self.client, object_id, self.store(object_id, serialized)))
+            self.send(ObjectPut(self.client, object_id, self.store(object_id, serialized), digest))
         except BaseException:
             # No room, or Ctrl-C; nothing happens if the node has taken the object over already.
             self.send(RoomAbandoned(self.client, object_id))
@@ -331,7 +352,9 @@ class CoreWorker(ABC):
     # ------------------------------------------------------------ values out
 
     def load(self, object_id: bytes, data: Any, size: int) -> Any:
-        """The value of fetched data; views into shared memory stay pinned until they are gone."""
+        """The value of fetched data; views into shared memory stay pinned until they are gone.
+
+        Raises ValueLost."""
         return deserialize(data if type(data) is bytes else self.view(object_id, data, size))
 
     @uninterruptible  # An exception after the finalizer is there, and it would be unpinned twice.
@@ -347,9 +370,16 @@ class CoreWorker(ABC):
             if type(data) is int:
                 return self.arena.pinned_view(data, size, unpin)
             return object_store.map_file(data, unpin)
+        except (FileNotFoundError, object_store.DamagedFileError) as error:
+            unpin()
+            raise ValueLost(object_id, data, f"its file {data} {_fault(error)}") from None
         except BaseException:
             unpin()
             raise
+
+    def tell_lost(self, lost: ValueLost) -> None:
+        """The node makes it anew from its lineage, or lets it become an error."""
+        self.send(ObjectLost(self.client, lost.object_id, lost.data, lost.reason))
 
     def unpin_unread(self, fetched: Iterable[Any]) -> None:
         """Values that were sent, and that nobody will look at."""
@@ -423,12 +453,18 @@ class CoreWorker(ABC):
 
     def future(self, ref: ObjectRef[Any]) -> concurrent.futures.Future[Any]:
         result: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        waiter = _FutureWaiter(self, ref, result)
+        self.await_future(_FutureWaiter(self, ref, result))
+        return result
+
+    def await_future(self, waiter: _FutureWaiter) -> None:
         request_id = next(self._request_ids)
         self._requests[request_id] = waiter
         # The ref itself is kept by the waiter; plain bytes travel.
-        self.send_now(ObjectsAwaited(self.client, request_id, [bytes(ref)], 1, True, False))
-        return result
+        self.send_now(ObjectsAwaited(self.client, request_id, [bytes(waiter.ref)], 1, True, False))
+
+    def value_now(self, ref: ObjectRef[Any], answer: Any) -> Any:
+        """The value that an answer brings; its error, or ValueLost, is raised.  Does not wait: it runs in the loop."""
+        return self.load_or_raise(*answer[0])
 
     # ------------------------------------------------------------ the rest
 
@@ -449,22 +485,24 @@ class CoreWorker(ABC):
 class _FutureWaiter(Waiter):
     """Sets a future instead of waking a thread."""
 
-    __slots__ = ("_core", "_ref", "_future")
+    __slots__ = ("_core", "ref", "_future")
 
     def __init__(self, core: CoreWorker, ref: ObjectRef[Any], future: concurrent.futures.Future[Any]) -> None:
         super().__init__()
         self._core = core
-        self._ref = ref
+        self.ref = ref
         self._future = future
 
     def set(self, answer: Any = None) -> None:
         self.done = True
-        if not self._future.set_running_or_notify_cancel():
+        if not (self._future.running() or self._future.set_running_or_notify_cancel()):
             self._core.unpin_unread(answer or ())
             return
         try:
-            # A worker is sent the value; the driver has it in its table.  Neither waits: this runs in the loop.
-            value = self._core.load_or_raise(*answer[0]) if answer else self._core.get_values((self._ref,), None)[0]
+            value = self._core.value_now(self.ref, answer)
+        except ValueLost as lost:
+            self._core.tell_lost(lost)
+            self._core.await_future(self)
         except BaseException as error:
             self._future.set_exception(error)
         else:
@@ -472,8 +510,12 @@ class _FutureWaiter(Waiter):
 
     def fail(self, error: BaseException) -> None:
         self.done = True
-        if self._future.set_running_or_notify_cancel():
+        if self._future.running() or self._future.set_running_or_notify_cancel():
             self._future.set_exception(error)
+
+
+def _fault(error: OSError) -> str:
+    return "is gone" if isinstance(error, FileNotFoundError) else str(error.strerror)
 
 
 def raise_stored(error: BaseException) -> NoReturn:

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 from minray import clock, ids, machine
-from minray.core_worker import CoreWorker, TaskContext, raise_stored
+from minray.core_worker import CoreWorker, TaskContext, ValueLost, raise_stored
 from minray.exceptions import GetTimeoutError
 from minray.interrupts import interrupt, interruptible, raise_deferred, uninterruptible
 from minray.loop import Loop, Waiter
@@ -216,28 +216,46 @@ class Driver(CoreWorker):
         values = []
         for ref in refs:
             entry = objects.get(ref)
-            if entry is None or entry.data is None:
+            data = entry.data if entry is not None else None  # Once: it may be lost while we look.
+            if entry is None or data is None:
                 self._await(refs, deadline)
                 entry = objects[ref]
-                if entry.data is None:
+                data = entry.data
+                if data is None:
                     continue  # Another one is an error, and get() was told at once.
-            if type(entry.data) is bytes:
-                if entry.is_error:
-                    raise_stored(deserialize(entry.data))
-                values.append(deserialize(entry.data))
-            else:
-                data = self._fetch(ref)
-                raise_deferred()
+            if type(data) is bytes:
                 if entry.is_error:
                     raise_stored(deserialize(data))
                 values.append(deserialize(data))
-        return values
+            else:
+                values.append(self._large_value(ref, deadline))
+        # One that was not ready, without an error in any other, has been lost while others were read.
+        return values if len(values) == len(refs) else self.get_values(refs, deadline)
+
+    def _large_value(self, ref: ObjectRef[Any], deadline: float | None) -> Any:
+        while True:
+            try:
+                return self.value_now(ref, None)
+            except ValueLost as lost:
+                self.tell_lost(lost)
+            self._await((ref,), deadline)
+
+    def value_now(self, ref: ObjectRef[Any], answer: Any) -> Any:
+        data, is_error = self._fetch(ref)
+        raise_deferred()
+        value = deserialize(data)
+        if is_error:
+            raise_stored(value)
+        return value
 
     @uninterruptible  # Between the pin and the view that ends it.
-    def _fetch(self, ref: ObjectRef[Any]) -> bytes | memoryview:
+    def _fetch(self, ref: ObjectRef[Any]) -> tuple[bytes | memoryview, bool]:
         with self.raylet.lock:
-            data, size, _, object_id = self.node.fetch_for_driver(bytes(ref))
-        return data if type(data) is bytes else self.view(object_id, data, size)
+            fetched = self.node.fetch_for_driver(bytes(ref))
+        if fetched is None:
+            raise ValueLost(bytes(ref), b"", "it was lost a moment ago")  # The node knows; b"" is no place.
+        data, size, is_error, object_id = fetched
+        return (data if type(data) is bytes else self.view(object_id, data, size)), is_error
 
     def _await(self, refs: Sequence[ObjectRef[Any]], deadline: float | None) -> None:
         self._guard_interrupts()

@@ -117,6 +117,10 @@ class WorkerCrashedError(RayError):
     """The worker died while it ran the task."""
 
 
+class ReplayDivergedError(RayError):
+    """A task did something else when it was run again: it does not depend on its arguments alone."""
+
+
 class LocalRayletDiedError(RayError):
     """The node that the task was submitted to died."""
 

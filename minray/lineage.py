@@ -6,14 +6,20 @@ resources; it tells its node what became runnable, which requests were fulfilled
 files to delete, through the three callbacks it is given.
 
 The life of an object: *pending* (its task has not finished), *ready* (inline, in the
-arena, or in a file), *freed*.  Three counts keep it:
+arena, or in a file), *freed*; lost, it is pending again.  Three counts keep it:
 
 * ``refs``: processes that hold an ObjectRef to it, tasks not yet finished that need it,
   and live objects that contain it.  At 0 the value can go.
 * ``pins``: views into its memory in some process.  While there are any, the memory must
   neither move nor be used again, even when nobody holds a ref any more.
-* a task stands in the task table until it has finished and all its returns are freed:
-  that is the lineage from which a lost object can be made again.
+* ``replays``: finished tasks whose replay would need it.  While there are any, the entry
+  stays, but its memory may go: it can be made again in turn.
+
+A task stands in the task table until it has finished and all its returns are gone: that is
+the lineage from which a lost object can be made again.  A value that travels in messages
+lies in this table and cannot be lost; so only tasks with a large result keep what they were
+made of, and of those only the newest `MAX_REPLAYABLE`: lineage would else grow without end
+in a loop like ``x = step.remote(x)``.
 
 Left out: weak references and cycles through actors (an object in an actor's state that
 holds the actor's own handle keeps both).  Ray has the same limit.
@@ -31,7 +37,8 @@ from minray.exceptions import error_payload
 from minray.messages import Value
 from minray.object_store import Allocator
 from minray.task_spec import (
-    ACTOR_CREATION, ACTOR_METHOD, ARENA, FAILED, FINISHED, INLINE, PENDING_ARGS_AVAIL, SPILLED, TaskOptions, TaskSpec,
+    ACTOR_CREATION, ACTOR_METHOD, ARENA, FAILED, FINISHED, INLINE, PENDING_ARGS_AVAIL, SPILLED, TASK, TaskOptions,
+    TaskSpec,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -41,7 +48,7 @@ if TYPE_CHECKING:
 class Template:
     """`TaskOptions` as the node keeps them: with a number, a queue, and what it has learned."""
 
-    __slots__ = ("no", "options", "shape", "mean_s", "max_s", "may_repeat")
+    __slots__ = ("no", "options", "shape", "mean_s", "max_s", "may_repeat", "may_replay")
 
     def __init__(self, no: int, options: TaskOptions, shape: Shape) -> None:
         self.no = no  # the node's own number, the same on every wire and in the GCS
@@ -51,6 +58,8 @@ class Template:
         self.max_s = 0.0  # decaying maximum of it: what a neighbour may have to wait for
         # With max_retries=0 a task must not run twice because its result was still on its way (an actor dies whole).
         self.may_repeat = options.max_retries != 0 or options.kind == ACTOR_METHOD
+        # A call met a state that is not there any more.
+        self.may_replay = options.max_retries != 0 and options.kind == TASK
 
 
 class Task:
@@ -59,7 +68,7 @@ class Task:
     __slots__ = (
         "spec", "template", "no", "parent_no", "client", "state", "attempt", "retries_left", "missing", "worker",
         "live_returns", "last_child", "caller", "cancelled", "error", "result_bytes", "submitted_s", "started_s",
-        "finished_s", "dirty",
+        "finished_s", "dirty", "origins",
     )  # fmt: skip
 
     caller: int | bytes  # of an actor's call: whose calls it stays in order with (see actor_table)
@@ -78,7 +87,8 @@ class Task:
         self.live_returns = 0  # entries of its returns that are not freed
         self.last_child = 0  # how many tasks it has submitted: with its ID that tells theirs
         self.cancelled = False
-        self.error: str | None = None  # one line, once FAILED
+        self.error: str | None = None  # one line, once FAILED; while it runs: why it will fail whatever it returns
+        self.origins: tuple[bytes, ...] | None = None  # once finished: what is kept for its replay, if anything is
         self.result_bytes = 0
         self.submitted_s = now
         self.started_s = 0.0
@@ -103,7 +113,7 @@ class Request:
 
 
 class ObjectEntry:
-    __slots__ = ("object_id", "data", "size", "is_error", "refs", "pins", "nested", "waiters", "task", "no")
+    __slots__ = ("object_id", "data", "size", "is_error", "refs", "pins", "replays", "nested", "waiters", "task", "no")
 
     def __init__(self, object_id: bytes, task: Task | None, refs: int) -> None:
         self.object_id = object_id
@@ -112,13 +122,16 @@ class ObjectEntry:
         self.is_error = False
         self.refs = refs
         self.pins = 0
+        self.replays = 0
         self.nested: tuple[bytes, ...] = ()
         self.waiters: list[Union[Task, Request]] | None = None
         self.task = task  # that returns it; None: put, nothing to replay
         self.no = 0  # row number in the GCS; 0: has no row of its own
 
 
-READY, FREED = 1, 2  # of OBJECT_STATES
+READY, FREED, LOST = 1, 2, 3  # of OBJECT_STATES
+MAX_REPLAYABLE = 100_000
+"""So many finished tasks keep their lineage for the large results that they have made."""
 CONSTRUCTED = pickle.dumps(None, 5)
 
 
@@ -139,6 +152,7 @@ class Lineage:
         request_ready: Callable[[Request], None],
         delete_file: Callable[[str], None],
         handle_dropped: Callable[[bytes], None],
+        wanted_again: Callable[[ObjectEntry], None],
     ) -> None:
         self.objects: dict[bytes, ObjectEntry] = {}
         self.tasks: dict[bytes, Task] = {}
@@ -154,6 +168,8 @@ class Lineage:
         self._request_ready = request_ready
         self._delete_file = delete_file
         self._handle_dropped = handle_dropped
+        self._wanted_again = wanted_again
+        self.replayable: dict[bytes, Task] = {}  # the oldest first
 
     # ------------------------------------------------------------ making
 
@@ -177,15 +193,26 @@ class Lineage:
         for object_id in task.spec.nested:
             self.hold(object_id)
         for object_id in task.spec.deps:
-            entry = self.hold(object_id)
+            self.hold(object_id)
+        self.count_missing(task)
+
+    def count_missing(self, task: Task) -> None:
+        """How many of its arguments it has to wait for."""
+        task.missing = 0
+        for object_id in task.spec.deps:
+            entry = self.objects[object_id]
             if entry.data is None:
                 task.missing += 1
                 self.wait_for(entry, task)
 
     def put(self, object_id: bytes, value: Value, now: float) -> ObjectEntry | None:
-        """A new object, held by whoever put it.  None if it is there already (a task's second attempt)."""
-        if object_id in self.objects:
-            self._drop_value(value)
+        """A new object, held by whoever put it.  None if it is known already (a task's second attempt)."""
+        entry = self.objects.get(object_id)
+        if entry is not None:
+            if entry.data is None:  # Nobody needed it any more, but for a replay.
+                self.seal(entry, value, False, now)
+            else:
+                self.drop_value(value)
             return None
         entry = self.objects[object_id] = ObjectEntry(object_id, None, 1)
         self._fill(entry, value, now)
@@ -219,7 +246,7 @@ class Lineage:
         if type(entry.data) is int:
             self.in_arena[entry.object_id] = entry
 
-    def _drop_value(self, value: Value) -> None:
+    def drop_value(self, value: Value) -> None:
         """A value that came too late: nobody wants it."""
         if type(value[0]) is int:
             self.arena.free(value[0])
@@ -229,9 +256,11 @@ class Lineage:
     def accept_return(self, task: Task, index: int, value: Value, is_error: bool, now: float) -> None:
         entry = self.objects.get(ids.return_id(task.spec.task_id, index))
         if entry is None or entry.data is not None:
-            self._drop_value(value)
-        else:
-            self.seal(entry, value, is_error, now)
+            self.drop_value(value)
+            return
+        self.seal(entry, value, is_error, now)
+        if type(value[0]) is not bytes and task.template.may_replay and (task.spec.deps or task.spec.nested):
+            task.origins = ()
 
     # ------------------------------------------------------------ keeping
 
@@ -261,6 +290,8 @@ class Lineage:
                 entry = self.objects[object_id] = ObjectEntry(object_id, None, 0)
                 entry.data, entry.is_error = freed_object_error(object_id), True
         entry.refs += 1
+        if entry.replays and entry.data is None:
+            self._wanted_again(entry)
         return entry
 
     def release(self, object_id: bytes) -> None:
@@ -273,12 +304,47 @@ class Lineage:
             self._free(entry)
 
     def release_arguments(self, task: Task) -> None:
-        """The task has ended for good: what it needed may go."""
+        """The task has ended: what it needed may go, or is kept for its replay."""
         spec = task.spec
+        if task.origins is not None:
+            self.replayable[spec.task_id] = task
+            entries = [self.objects[object_id] for object_id in spec.deps + spec.nested]
+            # An actor must not outlive its handles because a task that has ended was given one.
+            task.origins = tuple(
+                e.object_id for e in entries if e.task is None or e.task.template.options.kind != ACTOR_CREATION
+            )
+            for object_id in task.origins:
+                self.objects[object_id].replays += 1
+            if len(self.replayable) > MAX_REPLAYABLE:
+                self.forget_lineage(next(iter(self.replayable.values())))
         for object_id in spec.deps:
             self.release(object_id)
         for object_id in spec.nested:
             self.release(object_id)
+
+    def hold_arguments_again(self, task: Task) -> None:
+        """The task is to be replayed: what it needs is kept for it as at first, and made again if need be."""
+        if task.origins is not None:
+            self._hold_arguments(task)
+            del self.replayable[task.spec.task_id]
+            for object_id in task.origins:
+                self.objects[object_id].replays -= 1
+            task.origins = None
+
+    def forget_lineage(self, task: Task) -> None:
+        """It will not be replayed any more."""
+        doomed = deque[ObjectEntry]()
+        self._forget_lineage(task, doomed)
+        self._free_all(doomed)
+
+    def _forget_lineage(self, task: Task, doomed: deque[ObjectEntry]) -> None:
+        if self.replayable.pop(task.spec.task_id, None) is not None:
+            origins, task.origins = task.origins, None
+            for object_id in origins or ():
+                entry = self.objects[object_id]
+                entry.replays -= 1
+                if entry.refs <= 0 and not entry.pins:
+                    doomed.append(entry)
 
     def pin(self, entry: ObjectEntry) -> None:
         entry.pins += 1
@@ -293,26 +359,21 @@ class Lineage:
             self._free(entry)
 
     def _free(self, first: ObjectEntry) -> None:
-        doomed = deque((first,))  # A queue, not recursion: chains of nested objects can be long.
+        self._free_all(deque((first,)))
+
+    def _free_all(self, doomed: deque[ObjectEntry]) -> None:
+        """A queue, not recursion: chains of nested objects, and of lineage, can be long."""
         while doomed:
             entry = doomed.popleft()
+            if entry.replays:
+                # What lies in this table stays: then its task need not run again.  But not what contains refs, which
+                # may lead back here.
+                if type(entry.data) is not bytes or (entry.nested and entry.task is not None):
+                    self._let_go(entry, doomed)
+                continue
             if self.objects.pop(entry.object_id, None) is None:
                 continue
-            data = entry.data
-            if type(data) is int:
-                if self.in_arena.pop(entry.object_id, None) is not None:
-                    self.arena.free(data)
-                # else it is being spilled: `spilled` frees it when the writer has done.
-            elif type(data) is str:
-                self._delete_file(data)
-            if entry.no and self.new_objects.pop(entry.no, None) is None:
-                self._freed.append(entry.no)  # One made and freed within a flush window leaves no row.
-            for object_id in entry.nested:
-                inner = self.objects.get(object_id)
-                if inner is not None:
-                    inner.refs -= 1
-                    if inner.refs <= 0 and not inner.pins:
-                        doomed.append(inner)
+            self._let_go(entry, doomed)
             task = entry.task
             if task is not None:
                 task.live_returns -= 1
@@ -320,11 +381,54 @@ class Lineage:
                     self._handle_dropped(entry.object_id)
                 elif not task.live_returns and task.state >= FINISHED:
                     self.tasks.pop(task.spec.task_id, None)
+                    if task.origins is not None:
+                        self._forget_lineage(task, doomed)
+
+    def _let_go(self, entry: ObjectEntry, doomed: deque[ObjectEntry]) -> None:
+        """The value's memory, its row, and the objects that only it kept."""
+        data = entry.data
+        entry.data = None
+        if type(data) is int:
+            if self.in_arena.pop(entry.object_id, None) is not None:
+                self.arena.free(data)
+            else:  # It is being spilled: `spilled` frees it when the writer has done.
+                leaving = self.spilling[entry.object_id] = ObjectEntry(entry.object_id, None, 0)
+                leaving.data = data
+        elif type(data) is str:
+            self._delete_file(data)
+        if entry.no and self.new_objects.pop(entry.no, None) is None:
+            self._freed.append(entry.no)  # One made and freed within a flush window leaves no row.
+        entry.no = 0
+        nested, entry.nested = entry.nested, ()
+        for object_id in nested:
+            inner = self.objects.get(object_id)
+            if inner is not None:
+                inner.refs -= 1
+                if inner.refs <= 0 and not inner.pins:
+                    doomed.append(inner)
+
+    def lose(self, entry: ObjectEntry) -> bool:
+        """The value is gone.  False: there is none, or it is in view in shared memory, which must not be used yet.
+
+        Errors stay: there is nothing to make again."""
+        in_view = type(entry.data) is int and (entry.pins or entry.object_id in self.spilling)
+        if entry.data is None or entry.is_error or in_view:
+            return False
+        doomed = deque[ObjectEntry]()
+        if entry.no:
+            self._note_update(entry, LOST, None, None)
+        no, entry.no = entry.no, 0
+        self._let_go(entry, doomed)
+        entry.no = no
+        self._free_all(doomed)
+        return True
 
     def forget_if_unneeded(self, task: Task) -> None:
         """Call when a task has ended: without live returns nothing can need it again (but an actor may live on)."""
         if not task.live_returns and (task.spec.actor is None or task.state == FAILED):
             self.tasks.pop(task.spec.task_id, None)
+            if task.origins is not None:
+                self.forget_lineage(task)
 
     # ------------------------------------------------------------ memory
 
@@ -333,7 +437,7 @@ class Lineage:
         chosen: list[ObjectEntry] = []
         gained = 0
         for entry in self.in_arena.values():
-            if not entry.pins:
+            if not entry.pins and entry.object_id not in self.spilling:  # Its first incarnation may still be.
                 chosen.append(entry)
                 gained += entry.size
                 if gained >= size:
@@ -368,7 +472,7 @@ class Lineage:
         data = entry.data
         location = INLINE if type(data) is bytes else ARENA if type(data) is int else SPILLED
         if entry.no:
-            self.object_updates.append((READY, location, None, entry.no))
+            self._note_update(entry, READY, location, None)
             return
         self._objects_made += 1
         entry.no = self._objects_made
@@ -376,6 +480,9 @@ class Lineage:
         self.new_objects[entry.no] = (
             entry.no, entry.object_id, task_no, READY, entry.size, location, int(now * 1e6), None,
         )  # fmt: skip
+
+    def _note_update(self, entry: ObjectEntry, state: int, location: int | None, freed_us: int | None) -> None:
+        self.object_updates.append((state, location, freed_us, entry.no))
 
     def take_object_rows(self, now: float) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
         """New rows, and (state, location, freed_us, no) updates of older ones, since the last call."""
@@ -391,18 +498,25 @@ class Lineage:
         """Asserts what must hold between events.  `refs`, `pins`: what processes and tasks hold; nested objects are
         counted here.  `exact`: nobody else holds any."""
         held = Counter(refs)
+        replays: Counter[bytes] = Counter()
+        for task in self.replayable.values():
+            assert task.state == FINISHED and self.tasks[task.spec.task_id] is task and task.origins is not None
+            replays.update(task.origins)
         for entry in self.objects.values():
             held.update(entry.nested)
         for object_id, entry in self.objects.items():
             name, count = ids.short(object_id), held.pop(object_id, 0)
             assert object_id == entry.object_id and type(object_id) is bytes
             assert entry.refs == count or (entry.refs > count and not exact), f"{name}: {entry.refs} refs, not {count}"
-            assert entry.refs > 0 or entry.pins > 0, f"{name} should have been freed"
+            assert entry.refs > 0 or entry.pins > 0 or entry.replays, f"{name} should have been freed"
+            assert entry.replays == replays.pop(object_id, 0), f"{name}: {entry.replays} replays would need it"
             assert entry.pins == pins.get(object_id, 0), f"{name}: {entry.pins} pins, not {pins.get(object_id, 0)}"
             will_come = entry.task is not None and entry.task.state < FINISHED
-            assert entry.data is not None or will_come, f"{name} never comes"
+            unwanted = entry.refs <= 0 and not entry.waiters
+            assert entry.data is not None or will_come or unwanted, f"{name} never comes"
             where = self.in_arena.get(object_id) is entry, self.spilling.get(object_id) is entry
             assert sum(where) == (type(entry.data) is int), f"{name} lies at {entry.data!r}, and {where}"
+        assert not replays, "replays would miss what they need"
         gone = [ids.short(object_id) for object_id, count in held.items() if count]
         assert not gone, f"held and not there: {gone}"
         assert all(object_id in self.objects for object_id in pins), "memory is in view and may be used again"

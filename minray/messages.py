@@ -69,6 +69,7 @@ class ObjectPut(NamedTuple):
     client: int
     object_id: bytes
     value: tuple[Any, int, tuple[bytes, ...]]  # a `Value`
+    digest: bytes = b""  # of what it contains: in durable jobs
 
 
 class ReferencesChanged(NamedTuple):
@@ -140,6 +141,30 @@ class RoomAbandoned(NamedTuple):
     object_id: bytes
 
 
+class ObjectLost(NamedTuple):
+    """A value cannot be read where it was said to lie (`data`; None: wherever it lies): its file is gone or damaged.
+
+    Answered, if `request_id` is given, by whether it is lost now: not what is not there yet, or in view in shared
+    memory."""
+
+    client: int
+    object_id: bytes
+    data: Any
+    reason: str
+    request_id: int = 0
+
+
+class ArgumentLost(NamedTuple):
+    """Likewise, and therefore a task has not started: it comes back.  (An actor's call waits in its actor instead: it
+    must not be overtaken, and its actor keeps what it holds anyway.)"""
+
+    client: int
+    task_id: bytes
+    object_id: bytes
+    data: Any
+    reason: str
+
+
 class CancelRequested(NamedTuple):
     """Answered, if `request_id` is given, by whether it can be done: a call of an actor is not ended by force."""
 
@@ -205,8 +230,9 @@ class Ticked(NamedTuple):
 
 Event = Union[
     FunctionExported, TemplateDefined, TasksSubmitted, TasksFinished, TasksReturned, ObjectPut, ReferencesChanged,
-    Unpinned, ObjectsAwaited, RequestAbandoned, BlockRequested, BlocksSpilled, BlockRefused, RoomAbandoned,
-    CancelRequested, ActorKillRequested, ActorLookedUp, CallsCounted, NodeQueried, WorkerStarted, WorkerDied, Ticked,
+    Unpinned, ObjectsAwaited, RequestAbandoned, BlockRequested, BlocksSpilled, BlockRefused, RoomAbandoned, ObjectLost,
+    ArgumentLost, CancelRequested, ActorKillRequested, ActorLookedUp, CallsCounted, NodeQueried, WorkerStarted,
+    WorkerDied, Ticked,
 ]  # fmt: skip
 
 FROM_WORKERS = {
@@ -214,7 +240,7 @@ FROM_WORKERS = {
     for cls in (
         FunctionExported, TemplateDefined, TasksSubmitted, TasksFinished, TasksReturned, ObjectPut, ReferencesChanged,
         Unpinned, ObjectsAwaited, RequestAbandoned, BlockRequested, BlocksSpilled, BlockRefused, RoomAbandoned,
-        CancelRequested, ActorKillRequested, ActorLookedUp, CallsCounted, NodeQueried,
+        ObjectLost, ArgumentLost, CancelRequested, ActorKillRequested, ActorLookedUp, CallsCounted, NodeQueried,
     )
 }  # fmt: skip
 """The events that a worker may send; all others come from the shell alone."""

@@ -24,7 +24,7 @@ The contract with the shell (raylet.py, or a simulator):
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any, get_args
@@ -62,8 +62,9 @@ class Node(NodeWorkers):
         self.wire = []
         self._now = 0.0
         self.lineage = Lineage(
-            store_bytes, self._arguments_ready, self._request_ready, self._delete_file, self._handle_dropped
-        )
+            store_bytes, self._arguments_ready, self._request_ready, self._delete_file, self._handle_dropped,
+            self._want_again,
+        )  # fmt: skip
         self.objects = self.lineage.objects
         self.scheduler = Scheduler(resources, policy or Policy(), self.wire, self._run)
         self.actors = ActorTable()
@@ -80,6 +81,8 @@ class Node(NodeWorkers):
         self._pumps = {}
         self._start_failures = 0
         self._events_made = 0
+        self._wanted = deque()
+        self._rebuilding = False
         self._dirty = []
         self._rows = {}
         self._handlers: dict[type, Callable[[Any, float], None]] = {

@@ -11,13 +11,13 @@ from minray import ids
 from minray.actor_table import Actor
 from minray.lineage import Task
 from minray.messages import ActorKillRequested, ActorLookedUp, CallsCounted, ExitWorker, KillWorker
-from minray.node_tasks import NodeTasks
+from minray.node_recovery import NodeRecovery
 from minray.scheduler import Client, WorkerRecord
 from minray.task_spec import ALIVE, DEAD, FAILED, FINISHED, PENDING_NODE_ASSIGNMENT, RESTARTING, ActorOptions
 
 
 
-class NodeActors(NodeTasks):
+class NodeActors(NodeRecovery):
     def _actor_submitted(self, task: Task, options: ActorOptions, now: float) -> None:
         actor = self.actors.add(task, options, now)
         if actor is None:
@@ -223,6 +223,8 @@ class NodeActors(NodeTasks):
         actor.queues.clear()
         if begun is None:
             begun = len(in_hand)
+        for task in waiting:
+            task.missing = -1  # The end of one may be what another waits for.
         for position, task in enumerate(in_hand + waiting):
             if task is not creation:
                 self._fail_call(task, actor, may_have_run=position < begun)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from minray import ids
 from minray.lineage import Request
 from minray.messages import (
     DRIVER, BlockRefused, BlockRequested, BlocksSpilled, DeleteFile, Fetched, ObjectPut, ObjectsAwaited,
@@ -61,11 +60,9 @@ class NodeObjects(NodeTables):
             client.pins[object_id] = client.pins.get(object_id, 0) + 1
         return (entry.data, entry.size, entry.is_error, object_id)
 
-    def fetch_for_driver(self, object_id: bytes) -> Fetched:
+    def fetch_for_driver(self, object_id: bytes) -> Fetched | None:
         """The driver reads the table itself; only memory in the arena has to be pinned, which is done here."""
-        fetched = self._fetch(self.driver, object_id)
-        assert fetched is not None, f"object {ids.short(object_id)} is not ready"
-        return fetched
+        return self._fetch(self.driver, object_id)
 
     def _unpin(self, client: Client, object_id: bytes) -> None:
         count = client.pins[object_id] - 1

@@ -1,17 +1,18 @@
 """What a node knows: the fields that all chapters of `Node` share, and how its history is noted.
 
-`Node` is one class in five chapters, each a file and a base class of the next, from the ground up:
+`Node` is one class in six chapters, each a file and a base class of the next, from the ground up:
 
 ======================  =========================================================
 node_tables.py          the data, and notes for the GCS (this file)
 node_objects.py         objects, references, waiting, memory
 node_tasks.py           functions and tasks: come in, go out, end
+node_recovery.py        lost objects are made again
 node_actors.py          actors and their calls
 node_workers.py         workers start, die and get stuck
 node.py                 `Node`: joins them, and is all that the world sees
 ======================  =========================================================
 
-Only node_tasks.py looks ahead (to the actors whose calls are tasks); it lists what it needs of them.
+Only node_tasks.py looks ahead (calls of actors are tasks, and so is a replay); it lists what it needs of others.
 """
 
 from __future__ import annotations

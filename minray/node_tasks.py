@@ -23,7 +23,7 @@ from minray.node_objects import NodeObjects
 from minray.scheduler import Client, WorkerRecord
 from minray.task_spec import (
     ACTOR_CREATION, ACTOR_EXITED, CANCELLED, FAILED, FINISHED, OK, PENDING_ARGS_AVAIL, PENDING_NODE_ASSIGNMENT,
-    RETRYABLE_ERROR, SUBMITTED_TO_WORKER, UNIT, ActorOptions, TaskOptions, TaskSpec,
+    RETRYABLE_ERROR, SUBMITTED_TO_WORKER, TASK, UNIT, ActorOptions, TaskOptions, TaskSpec,
 )  # fmt: skip
 
 SHORT_TASK_S = 0.001
@@ -36,6 +36,15 @@ def amounts(resources: Iterable[tuple[str, int]]) -> str:
         f"{units // UNIT:,} bytes of memory" if name == "memory" else f"{units / UNIT:g} {name}"
         for name, units in resources
     )
+
+
+def is_another(old: Task, spec: TaskSpec, template: Template) -> bool:
+    """Whether what is submitted under the ID of `old` differs from it."""
+    was, before, now = old.spec, old.template.options, template.options
+    return (
+        (was.args, was.deps, was.nested, was.actor_id) != (spec.args, spec.deps, spec.nested, spec.actor_id)
+        or (before.function_id, before.method, before.num_returns) != (now.function_id, now.method, now.num_returns)
+    )  # fmt: skip
 
 
 class NodeTasks(NodeObjects):
@@ -77,8 +86,8 @@ class NodeTasks(NodeObjects):
         templates, tasks, dirty = client.templates, self.lineage.tasks, self._dirty
         for spec in event.specs:
             if spec.task_id in tasks or (spec.task_id in self.objects and held is not None):
-                self._submitted_again(spec, client)
-                continue
+                if self._submitted_again(spec, client, parent):
+                    continue
             self._tasks_made += 1
             task = Task(spec, templates[spec.template_no], self._tasks_made, parent_no, event.client, now)
             task.dirty = True
@@ -94,14 +103,23 @@ class NodeTasks(NodeObjects):
             elif not task.missing:
                 self._task_ready(task)
 
-    def _submitted_again(self, spec: TaskSpec, client: Client) -> None:
-        """The second attempt of a parent submits its children anew, under the same IDs: they run once."""
+    def _submitted_again(self, spec: TaskSpec, client: Client, parent: Task | None) -> bool:
+        """The second attempt of a parent submits its children anew, under the same IDs: they run once.
+
+        False: this is another task, and there is nothing to confuse it with."""
         template = client.templates[spec.template_no]
+        known = self.lineage.tasks.get(spec.task_id)
+        if known is not None and is_another(known, spec, template):
+            if not known.live_returns and known.state < SUBMITTED_TO_WORKER and known.template.options.kind == TASK:
+                self._cancel(known, force=False)  # Nobody will ever see its result.
+                return False
+            self._diverged(known, template, parent)
         actor = self.actors.actors.get(spec.task_id) if spec.actor is not None else None
         if actor is not None:
             actor.unwanted = False  # Its handles were the first attempt's.
         for index in range(template.options.num_returns):
             self._acquire(client, ids.return_id(spec.task_id, index))
+        return True
 
     def _task_ready(self, task: Task) -> None:
         """All that it depends on is there (perhaps as an error: the worker then says whose, without running it)."""
@@ -109,6 +127,8 @@ class NodeTasks(NodeObjects):
         if actor_id is not None:
             task.state = PENDING_NODE_ASSIGNMENT
             self._pumps[actor_id] = self.actors.actors[actor_id]
+        elif task.attempt:  # A replay: somebody waits for something that was there.
+            self.scheduler.enqueue_first(task)
         elif task.template.shape.queue or self.scheduler.feasible(task.template.shape):
             self.scheduler.enqueue(task)
         else:
@@ -186,7 +206,7 @@ class NodeTasks(NodeObjects):
             mean_s = template.mean_s
             template.mean_s = took if mean_s is None else mean_s + 0.1 * (took - mean_s)
             template.max_s = took if took > template.max_s else template.max_s * 0.99 + took * 0.01
-            if status == OK and type(payload) is bytes and task.spec.actor is None:
+            if status == OK and type(payload) is bytes and task.spec.actor is None and task.error is None:
                 # The hot path: one small return, one look-up, nobody to ask.
                 task.result_bytes = len(payload)
                 task.state = FINISHED
@@ -215,9 +235,12 @@ class NodeTasks(NodeObjects):
 
     def _finished_otherwise(self, worker: WorkerRecord, task: Task, status: int, payload: Any, now: float) -> None:
         options = task.template.options
-        if status != OK and self._grants:  # Of several returns some may have been stored already.
+        if (status != OK or task.error) and self._grants:  # Of several returns some may have been stored already.
             for index in range(options.num_returns):
                 self._revoke(worker.client, ids.return_id(task.spec.task_id, index), now)
+        if task.error is not None:
+            self._fail(task, "ReplayDivergedError", f"{task.error}. It has run to its end; its result was dropped.")
+            return
         if status == RETRYABLE_ERROR and task.retries_left and not task.cancelled:
             task.retries_left -= task.retries_left > 0
             self._retried(task, f"raised {payload[1]}")
@@ -246,15 +269,18 @@ class NodeTasks(NodeObjects):
             self._end(task, FAILED, payload[0], payload[1])
 
     def _run_again(self, task: Task) -> None:
+        """Back to the front of its queue, or first to where it waits for arguments that were lost meanwhile."""
         task.worker = None
-        if task.spec.actor_id is None:
-            self.scheduler.enqueue_first(task)
-        else:
+        task.started_s = task.finished_s = 0.0
+        if task.spec.deps:
+            self.lineage.count_missing(task)
+        task.state = PENDING_ARGS_AVAIL if task.missing else PENDING_NODE_ASSIGNMENT
+        if task.spec.actor_id is not None:
             actor = self.actors.actors[task.spec.actor_id]
             actor.enqueue_first(task)
-            task.state = PENDING_NODE_ASSIGNMENT
-            task.started_s = task.finished_s = 0.0
             self._pumps[actor.actor_id] = actor
+        elif not task.missing:
+            self.scheduler.enqueue_first(task)
 
     def handle_tasks_returned(self, event: TasksReturned, now: float) -> None:
         """Unstarted tasks come back, to the front and without losing an attempt."""
@@ -356,7 +382,10 @@ class NodeTasks(NodeObjects):
                 self.wire.append(KillWorker(task.worker.client, only_if_running=task.spec.task_id))
             self.wire.append(CancelTask(task.worker.client, task.spec.task_id))
 
-    # ------------------------------------------------------------ what it needs of actors (node_actors.py)
+    # ------------------------------------------------------------ what it needs of node_recovery.py and node_actors.py
+
+    @abstractmethod
+    def _diverged(self, old: Task, template: Template, parent: Task | None) -> None: ...
 
     @abstractmethod
     def _actor_submitted(self, task: Task, options: ActorOptions, now: float) -> None: ...

@@ -61,7 +61,7 @@ class NodeWorkers(NodeActors):
                 if task.cancelled:
                     self._fail_cancelled(task)
                 else:
-                    self.scheduler.enqueue_first(task)
+                    self._run_again(task)
         if self._start_failures >= START_ATTEMPTS:
             self._start_failures = 0
             for task in self.scheduler.remove_all():
@@ -74,7 +74,7 @@ class NodeWorkers(NodeActors):
         elif task.retries_left:
             task.retries_left -= task.retries_left > 0
             self._retried(task, f"ended when worker {worker.client} (pid {worker.pid}) {reason}")
-            self.scheduler.enqueue_first(task)
+            self._run_again(task)
         else:
             self._fail(
                 task,

@@ -8,7 +8,8 @@ Four parts that know nothing of each other, nor of objects, references or pickle
   in again, so it ran at 0.3-1.2 GB/s where a warm arena runs at memcpy's speed (8.8 GB/s, same machine).
 * `copy_into` is the one copy that a `put` makes.
 * `write_file` and `map_file` are spilling and restoring.  A restored object is its file, mapped: that is no
-  copy, and takes no room in the arena.
+  copy, and takes no room in the arena.  A file ends with a checksum of what is before: disks and people do lose
+  bytes, and a wrong array is worse than a lost one, which can be made again.
 
 Who may write where is the node's business: it grants a block to one writer, who fills it before anybody
 reads it.  After that nobody writes to it until the last view of it has gone.
@@ -33,9 +34,11 @@ import fcntl
 import mmap
 import os
 import stat
+import struct
 import sys
 import threading
 import weakref
+import zlib
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -415,18 +418,29 @@ def partial_path(path: str) -> str:
     return path + ".partial"
 
 
+class DamagedFileError(OSError):
+    """A file is not what `write_file` wrote."""
+
+
+_TRAILER = struct.Struct("<4sI")  # what kind of file it is, and the CRC-32 of all before
+_MAGIC = b"mro1"
+
+
 def write_file(path: str, *chunks: Buffer) -> int:
-    """Writes the chunks of bytes, one after the other, to a private file; returns its size in bytes.
+    """Writes the chunks of bytes, one after the other, to a private file; returns how many bytes these are.
 
     The file is there in full or not at all.  Raises OSError, with ENOSPC if the disk is full.  There is no
     fsync: what is spilled is of no use after the machine has gone down.
     """
     size = sum(map(len, chunks))
+    checksum = 0
+    for chunk in chunks:
+        checksum = zlib.crc32(chunk, checksum)
     partial = partial_path(path)
     fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         try:
-            for chunk in chunks:
+            for chunk in (*chunks, _TRAILER.pack(_MAGIC, checksum)):
                 rest = memoryview(chunk)
                 while rest:
                     rest = rest[os.write(fd, rest) :]
@@ -442,13 +456,16 @@ def write_file(path: str, *chunks: Buffer) -> int:
 
 
 def map_file(path: str, on_release: Callable[[], None]) -> memoryview:
-    """The file's bytes, read-only, straight from the page cache; ``on_release`` as in `Arena.pinned_view`.
+    """What `write_file` wrote, read-only, straight from the page cache; ``on_release`` as in `Arena.pinned_view`.
 
-    The file may be removed while views live: they keep its contents.
+    The file may be removed while views live: they keep its contents.  Raises FileNotFoundError, or
+    `DamagedFileError`: all of it is read here (3.9 GB/s when it is in the page cache; measured).
     """
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         size = os.fstat(fd).st_size
+        if size <= _TRAILER.size:
+            raise DamagedFileError(errno.EIO, f"is cut off: it has {size:,} bytes", path)
         address = _libc_mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
         if address == _MAP_FAILED:
             code = ctypes.get_errno()
@@ -456,8 +473,13 @@ def map_file(path: str, on_release: Callable[[], None]) -> memoryview:
     finally:
         os.close(fd)
     window = (ctypes.c_ubyte * size).from_address(address)
+    view = memoryview(window).cast("B").toreadonly()
+    contents = view[: -_TRAILER.size]
+    if bytes(view[-_TRAILER.size :]) != _TRAILER.pack(_MAGIC, zlib.crc32(contents)):
+        _libc.munmap(address, size)
+        raise DamagedFileError(errno.EIO, f"is damaged: {len(contents):,} bytes do not match their checksum", path)
     weakref.finalize(window, _unmap, address, size, on_release).atexit = False
-    return memoryview(window).cast("B").toreadonly()
+    return contents
 
 
 # An mmap object keeps a file descriptor (before Python 3.13 always), and a thousand restored objects are not

@@ -107,15 +107,15 @@ class Shape:
                 tasks.append(task)
             else:
                 self.gaps -= 1
-        self._close_gaps(None)
+        self.close_gaps(None)
         return tasks
 
     def remove(self, task: Task) -> None:
         """A task of the queue, which the caller ends at once."""
         self.gaps += 1
-        self._close_gaps(task)
+        self.close_gaps(task)
 
-    def _close_gaps(self, leaving: Task | None) -> None:
+    def close_gaps(self, leaving: Task | None) -> None:
         if self.gaps * 2 > len(self.queue):
             staying = [task for task in self.queue if task.state == PENDING_NODE_ASSIGNMENT and task is not leaving]
             self.queue.clear()
@@ -176,6 +176,14 @@ class Scheduler:
         """Out of the queue; the caller ends the task at once."""
         shape = task.template.shape
         shape.remove(task)
+        if not shape.queue:
+            self.active.pop(shape, None)
+
+    def take_out(self, task: Task) -> None:
+        """Out of the queue, and it will come back: so it leaves no gap.  Looks through the queue."""
+        shape = task.template.shape
+        shape.queue.remove(task)
+        shape.close_gaps(None)
         if not shape.queue:
             self.active.pop(shape, None)
 

@@ -39,13 +39,13 @@ from typing import Any
 from minray import api, ids, object_ref
 from minray.clock import EPOCH
 from minray.channel import RECEIVE_BYTES, FrameReader, frame
-from minray.core_worker import CoreWorker, Resolved, TaskContext, unpickle_classes
+from minray.core_worker import CoreWorker, Resolved, TaskContext, ValueLost, unpickle_classes
 from minray.exceptions import (
     ActorDiedError, GetTimeoutError, make_argument_error, make_task_error,
 )  # fmt: skip
 from minray.interrupts import interrupt, raise_deferred, uninterruptible
 from minray.loop import SPIN_S, WORTH_SPINNING_S, Loop, Waiter
-from minray.messages import Event, ObjectsAwaited
+from minray.messages import ArgumentLost, Event, ObjectsAwaited
 from minray.object_ref import ObjectRef
 from minray.object_store import Arena
 from minray.output_labels import LabelledFile
@@ -244,6 +244,9 @@ class Worker(CoreWorker):
                 payload = self._returns(task_id, options, value)
                 # `value` lives until the result is in the list: were its refs dropped before, the caretaker could
                 # report that ahead of the result that contains them.
+        except ValueLost as lost:
+            self._not_started(task_id, lost, in_main)
+            return
         except BaseException as error:  # noqa: B036  (whatever the task raises is its caller's)
             self._executing = None
             status, payload = self._failure(error, options, task_id)
@@ -262,6 +265,12 @@ class Worker(CoreWorker):
         if in_main:
             self._black_box[:] = ids.NIL
         self._results.append((task_id, status, payload, started_s, finished_s))
+
+    def _not_started(self, task_id: bytes, lost: ValueLost, in_main: bool) -> None:
+        """An argument is lost: the task goes back to the node, which makes that anew first."""
+        if in_main:
+            self._black_box[:] = ids.NIL
+        self.send(ArgumentLost(self.client, task_id, lost.object_id, lost.data, lost.reason))
 
     def _function(self, options: TaskOptions) -> Callable[..., Any]:
         if options.kind == ACTOR_METHOD:
@@ -293,8 +302,8 @@ class Worker(CoreWorker):
         if values is not None:
             unread = iter(values)
             try:
-                for data, size, is_error, object_id in unread:
-                    loaded = self.load(object_id, data, size)
+                for fetched in unread:
+                    loaded, is_error = self._load_argument(*fetched)
                     if is_error:
                         raise _ArgumentFailed(loaded)
                     resolved.append(loaded)
@@ -306,6 +315,17 @@ class Worker(CoreWorker):
             positional = tuple(resolved[a.index] if type(a) is Resolved else a for a in positional)
             keywords = {k: resolved[a.index] if type(a) is Resolved else a for k, a in keywords.items()}
         return positional, keywords
+
+    def _load_argument(self, data: Any, size: int, is_error: bool, object_id: bytes) -> tuple[Any, bool]:
+        """The value or error.  Raises ValueLost in a plain task, which then comes again; an actor waits here."""
+        while True:
+            try:
+                return self.load(object_id, data, size), is_error
+            except ValueLost as lost:
+                if self.actor_id is None:
+                    raise
+                self.tell_lost(lost)
+                data, size, is_error, _ = self._await((object_id,), 1, True, None)[0]
 
     # ------------------------------------------------------------ results
 
@@ -607,7 +627,7 @@ class Worker(CoreWorker):
 
     # ------------------------------------------------------------ waiting
 
-    def _await(self, refs: Sequence[ObjectRef[Any]], num_ready: int, fetch: bool, deadline: float | None) -> Any:
+    def _await(self, refs: Sequence[bytes], num_ready: int, fetch: bool, deadline: float | None) -> Any:
         object_ids = [bytes(ref) for ref in refs]
         in_main = threading.current_thread() is threading.main_thread()
         blocks = in_main or self._threads is not None
@@ -637,9 +657,16 @@ class Worker(CoreWorker):
         unread = iter(fetched)
         try:
             # None: not ready. Then another one is an error, which is raised here.
-            return [self.load_or_raise(*item) for item in unread if item is not None]
+            return [self._load_or_raise_again(item, deadline) for item in unread if item is not None]
         finally:
             self.unpin_unread(unread)
+
+    def _load_or_raise_again(self, item: Any, deadline: float | None) -> Any:
+        try:
+            return self.load_or_raise(*item)
+        except ValueLost as lost:
+            self.tell_lost(lost)
+            return self.get_values((ObjectRef(item[3]),), deadline)[0]
 
     def ready_positions(self, refs: Sequence[ObjectRef[Any]], num_ready: int, deadline: float | None) -> list[int]:
         try:

@@ -25,7 +25,7 @@ from typing import Any
 
 from minray import ids
 from minray.messages import (
-    DRIVER, ActorKillRequested, Command, DeleteFile, Event, HoldNext, KillWorker, ObjectPut, ReferencesChanged, Reply, StartWorker, TasksSubmitted,
+    DRIVER, ActorKillRequested, ArgumentLost, Command, DeleteFile, Event, HoldNext, KillWorker, ObjectLost, ObjectPut, ReferencesChanged, Reply, StartWorker, TasksSubmitted,
     Ticked, WorkerDied, WorkerStarted, event_from_wire,
 )  # fmt: skip
 from minray.node import Node
@@ -57,6 +57,7 @@ TEMPLATES = [
 BLOCKING = (PLAIN, TWO, FREE, SMALL, CALL, LASTING_CALL)
 """Kinds of task that may wait: what they hold is lent meanwhile, so that others can go on."""
 
+NOT_STARTED = -1
 TIMED_OUT = object()
 INTERRUPTED = object()
 Body = Generator[tuple[Any, ...], Any, tuple[int, Any]]
@@ -120,8 +121,14 @@ class Context:
         (self.handles if object_id in self.handles else self.refs).remove(object_id)
         self.process.references.dropped.append(object_id)
 
-    def read(self, fetched: tuple[Any, int, bool, bytes]) -> bool:
+    def read(self, fetched: tuple[Any, int, bool, bytes]) -> Generator[tuple[Any, ...], Any, bool]:
         """Take a value in: its refs are held, its memory is in view.  False: it is an error."""
+        while self.is_lost(fetched):
+            data, _, _, object_id = fetched
+            self.process.unpinned.append(object_id)
+            self.process.send("ObjectLost", object_id, data, "its file is gone", 0)
+            answer = yield ("await", [object_id], 1, True, None)
+            (fetched,) = self.process.fetched([object_id], answer)
         data, _, is_error, object_id = fetched
         self.sim.saw(object_id, data)
         if is_error:
@@ -133,6 +140,24 @@ class Context:
             self.process.look_at(data, +1)
             self.hold(self.sim.contents[object_id])
         return True
+
+    def is_lost(self, fetched: tuple[Any, int, bool, bytes]) -> bool:
+        return fetched[0] in self.sim.lost_files
+
+    def with_arguments(self, values: list[Any], args: bytes, template: int) -> Body:
+        """A task: its arguments are taken in, then its body runs."""
+        unread = iter(values)
+        try:
+            for item in unread:
+                if self.is_lost(item) and self.process.actor_id is None:
+                    self.process.unpinned.append(item[3])
+                    return NOT_STARTED, (item[3], item[0])
+                if not (yield from self.read(item)):
+                    return ERROR, (b"error", "argument failed")  # The task does not run.
+        finally:  # What else was pinned for it is let go.
+            self.process.unpinned += [item[3] for item in unread if type(item[0]) is not bytes]
+        self.hold(pickle.loads(args))
+        return (yield from self.body(template))
 
     def close_view(self) -> None:
         object_id, data = self.views.pop()
@@ -250,7 +275,7 @@ class Context:
         answer = yield ("await", object_ids, num_ready, fetch, rng.choice((None, None, 0.0005, 0.02)))
         if answer is not TIMED_OUT and fetch:
             for fetched in self.process.fetched(object_ids, answer):
-                self.read(fetched)
+                yield from self.read(fetched)
 
 
 class Process:
@@ -432,7 +457,7 @@ class Worker(Process):
         self.started_s = 0.0
         self.heard_at = self.spoken_at = 0.0
         self.actor_refs: list[bytes] = []
-        self.last_call: dict[bytes, int] = {}  # by caller: the number of the last call that ran here
+        self.last_call: dict[int | bytes, int] = {}  # by caller: the number of the last call that ran here
 
     def transmit(self, messages: list[tuple[Any, ...]]) -> None:
         self.spoken_at = max(self.spoken_at, self.sim.now + self.sim.delay())
@@ -530,18 +555,7 @@ class Worker(Process):
             self.sim.call_runs(self, task_id)
         else:
             assert self.actor_id is None, "a plain task was sent to an actor"
-        failed = False
-        for position, item in enumerate(values or ()):
-            if not context.read(item):
-                # The argument is an error: the task does not run.  What else was pinned for it is let go.
-                self.unpinned += [i[3] for i in values[position + 1 :] if type(i[0]) is not bytes]
-                failed = True
-                break
-        if failed:
-            self.ended((ERROR, (b"error", "argument failed")))
-            return
-        context.hold(pickle.loads(args))
-        self.code = context.body(template)
+        self.code = context.with_arguments(values or [], args, template)
         self.go_on(None)
 
     def ended(self, outcome: Any) -> None:
@@ -550,7 +564,10 @@ class Worker(Process):
         assert context is not None
         if self.actor_id is not None and context.refs and context.rng.random() < 0.3 and status == OK:
             self.actor_refs.append(context.refs.pop())  # Kept in the actor's state.
-        self.results.append((self.running, status, payload, self.started_s, self.sim.now))
+        if status == NOT_STARTED:
+            self.send("ArgumentLost", self.running, *payload, "its file is gone")
+        else:
+            self.results.append((self.running, status, payload, self.started_s, self.sim.now))
         self.running = None
         self.context = None
         self.over = self.over or status == ACTOR_EXITED
@@ -583,9 +600,10 @@ class Simulation:
         self.contents: dict[bytes, tuple[bytes, ...]] = {}
         self.memory: dict[int, bytes] = {}  # offset -> the object whose bytes lie there
         self.files: dict[str, bytes] = {}
+        self.lost_files: dict[str, bytes] = {}
         self.committed: dict[bytes, tuple[Any, Any, bool]] = {}  # entry, data, is it an error
         self.template_of: dict[tuple[int, int], int] = {}
-        self.calls: dict[bytes, tuple[bytes, int]] = {}  # call -> (caller, its number in the order of submission)
+        self.calls: dict[bytes, tuple[int | bytes, int]] = {}  # call -> (caller, its number in the order of submission)
         self.tasks: dict[int, Any] = {}  # every Task that the node has made
         self.root = ids.root_task_id(b"%d" % seed)
         cpus = self.rng.choice((1, 1, 2, 3))
@@ -613,6 +631,8 @@ class Simulation:
         self.after(0.0, self.driver.go_on, None)
         for _ in range(self.rng.choice((0, 1, 3, 10))):
             self.after(self.rng.uniform(0.02, 0.2), self.kill_someone)
+        for _ in range(self.rng.choice((0, 0, 2, 8))):
+            self.after(self.rng.uniform(0.02, 0.2), self.lose_something)
         self.until_all_is_quiet()
         for actor_id in [actor.actor_id for actor in self.node.actors.actors.values() if actor.options.detached]:
             self.handle(ActorKillRequested(DRIVER, actor_id, True))
@@ -659,6 +679,8 @@ class Simulation:
         if type(event) is TasksSubmitted:
             before = self.node._tasks_made
         commands = self.node.handle(event, self.now)
+        if type(event) is ObjectLost or type(event) is ArgumentLost:
+            self.committed.pop(event.object_id, None)  # It may be an error now.
         if self.trace is not None:
             shown: Any = event
             if type(event) is TasksSubmitted:
@@ -679,7 +701,7 @@ class Simulation:
             if task is not None and task.no > before:
                 self.tasks[task.no] = task
                 if spec.actor_id is not None:
-                    self.calls[spec.task_id] = (spec.task_id[:8], task.no)  # Here only tasks call, not actors.
+                    self.calls[spec.task_id] = (task.caller, task.no)  # A constructor that runs again is another.
 
     def note_driver(self, event: Any) -> None:
         held = self.driver.held
@@ -735,6 +757,17 @@ class Simulation:
                 victims = [process for process in victims if process.actor_id is not None and process.code is not None] or victims
             self.die(self.rng.choice(victims), "was killed by SIGKILL")
 
+    def lose_something(self) -> None:
+        """A file goes, which nobody notices before it is read; or an object, and the node is told."""
+        if not self.faulty:
+            return
+        ready = [entry.object_id for entry in self.node.objects.values() if entry.data is not None]
+        if self.files and self.rng.random() < 0.6:
+            path = self.rng.choice(list(self.files))
+            self.lost_files[path] = self.files.pop(path)
+        elif ready:
+            self.handle(ObjectLost(DRIVER, self.rng.choice(ready), None, "a test dropped it"))
+
     def die(self, process: Worker, reason: str) -> None:
         if process.dead:
             return
@@ -778,6 +811,8 @@ class Simulation:
                     spilled = type(data) is int and type(entry.data) is str
                     assert (entry.data == data or spilled) and entry.is_error == is_error, "a value has changed"
                 self.committed[object_id] = (entry, entry.data, entry.is_error)
+            else:  # Not there yet, or lost.
+                self.committed.pop(object_id, None)
 
     def check_end(self) -> None:
         node = self.node

@@ -70,14 +70,14 @@ def test_what_a_task_submits_starts_although_the_task_goes_on(session, where):
         time.sleep(0.05)  # Longer than the caretaker waits.
         started = time.time()
         refs = [now.remote() for _ in range(3)]
-        time.sleep(1)
+        time.sleep(2)
         return started, refs
 
     def beside_get():
         found = []
         thread = threading.Thread(target=lambda: found.append(burst_then_work()))
         thread.start()
-        minray.get(sleep.remote(1.2))
+        minray.get(sleep.remote(2.2))
         thread.join()
         return found[0]
 
@@ -93,7 +93,7 @@ def test_what_a_task_submits_starts_although_the_task_goes_on(session, where):
         "beside get": lambda: minray.remote(beside_get).remote(),
     }[where]()
     started, refs = minray.get(ref)
-    assert max(minray.get(refs)) - started < 0.7
+    assert max(minray.get(refs)) - started < 1.7
 
 
 def test_an_answer_that_comes_in_the_moment_of_an_interrupt_pins_nothing(session):

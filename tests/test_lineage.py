@@ -29,10 +29,11 @@ class Store:
     """A lineage whose callbacks only take notes."""
 
     def __init__(self, capacity=64 * KB):
-        self.ready, self.answered, self.deleted, self.handles = [], [], [], []
+        self.ready, self.answered, self.deleted, self.handles, self.wanted = [], [], [], [], []
         self.lineage = Lineage(
-            capacity, self.ready.append, self.answered.append, self.deleted.append, self.handles.append
-        )
+            capacity, self.ready.append, self.answered.append, self.deleted.append, self.handles.append,
+            self.wanted.append,
+        )  # fmt: skip
         self.objects = self.lineage.objects
 
     def put(self, number, size=KB, nested=(), inline=False):
@@ -56,7 +57,7 @@ class Store:
         assert sorted(offsets) == sorted(lineage.arena.blocks), "each block belongs to one object"
         for object_id, entry in self.objects.items():
             assert type(object_id) is bytes, "a ref as a key would keep itself alive"
-            assert entry.refs > 0 or entry.pins > 0, "nothing keeps this entry"
+            assert entry.refs > 0 or entry.pins > 0 or entry.replays, "nothing keeps this entry"
             if type(entry.data) is int:
                 assert lineage.in_arena.get(object_id) is entry or lineage.spilling.get(object_id) is entry
 

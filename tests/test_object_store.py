@@ -20,6 +20,7 @@ from minray.object_store import (
     Allocator,
     Arena,
     copy_into,
+    DamagedFileError,
     map_file,
     plan_arena,
     unlink_arena,
@@ -573,13 +574,27 @@ def test_a_full_disk_is_enospc_and_leaves_no_half_a_file(small_disk):
 def test_a_spilled_file_that_is_missing_or_empty_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         map_file(str(tmp_path / "missing"), lambda: None)
-    write_file(str(tmp_path / "empty"))
-    with pytest.raises(OSError, match="cannot map 0 bytes"):
+    (tmp_path / "empty").touch()
+    with pytest.raises(DamagedFileError, match="cut off: it has 0 bytes"):
         map_file(str(tmp_path / "empty"), lambda: None)
+
+
+def test_a_file_with_any_byte_changed_or_cut_off_is_not_restored(tmp_path):
+    path, released = tmp_path / "spilled", []
+    write_file(str(path), b"what was spilled")
+    whole = path.read_bytes()
+    assert bytes(map_file(str(path), lambda: None)) == b"what was spilled"
+    wrong = [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(len(whole))]
+    wrong += [whole[:size] for size in range(len(whole))] + [whole + b"\0"]
+    for contents in wrong:
+        path.write_bytes(contents)
+        with pytest.raises(DamagedFileError, match=str(path)):
+            map_file(str(path), lambda: released.append(True))
+    assert not released, "the caller was told of the failure already"
 
 
 def test_what_an_interrupted_write_left_behind_is_written_over(tmp_path):
     (tmp_path / "spilled.partial").write_bytes(b"half of what was to be")
     write_file(str(tmp_path / "spilled"), b"whole")
-    assert (tmp_path / "spilled").read_bytes() == b"whole"
+    assert bytes(map_file(str(tmp_path / "spilled"), lambda: None)) == b"whole"
     assert os.listdir(tmp_path) == ["spilled"]

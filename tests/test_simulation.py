@@ -59,7 +59,7 @@ PLANTED = {
     "a lent CPU is given back twice": (scheduler, scheduler.Scheduler, "_end_lease", 'name != "CPU" or not worker.blocked', "True"),
     "a blocked worker keeps its CPU": (scheduler, scheduler.Scheduler, "block", "self._adjust_cpu(worker, +1)", "pass"),
     "a dead worker's refs are kept": (node, node.Node, "_forget_worker", "self.lineage.release(object_id)", "pass"),
-    "a dead worker's tasks are forgotten": (node, node.Node, "handle_worker_died", "self.scheduler.enqueue_first(task)", "pass"),
+    "a dead worker's tasks are forgotten": (node, node.Node, "handle_worker_died", "self._run_again(task)", "pass"),
     "refs in arguments are not held": (lineage, lineage.Lineage, "_hold_arguments", "in task.spec.nested", "in ()"),
     "memory in view is used again": (lineage, lineage.Lineage, "release", "entry.refs <= 0 and not entry.pins", "entry.refs <= 0"),
     "calls go back in the wrong order": (node, node.Node, "_actor_worker_died", "reversed(list(enumerate(calls)))", "list(enumerate(calls))"),
