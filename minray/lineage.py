@@ -12,8 +12,9 @@ arena, or in a file), *freed*; lost, it is pending again.  Three counts keep it:
   and live objects that contain it.  At 0 the value can go.
 * ``pins``: views into its memory in some process.  While there are any, the memory must
   neither move nor be used again, even when nobody holds a ref any more.
-* ``replays``: finished tasks whose replay would need it.  While there are any, the entry
-  stays, but its memory may go: it can be made again in turn.
+* ``replays``: finished tasks whose replay would need it, and its own parent, while that runs and
+  may have to run again.  While there are any, the entry stays, but its memory may go: it can
+  be made again in turn.
 
 A task stands in the task table until it has finished and all its returns are gone: that is
 the lineage from which a lost object can be made again.  A value that travels in messages
@@ -68,7 +69,7 @@ class Task:
     __slots__ = (
         "spec", "template", "no", "parent_no", "client", "state", "attempt", "retries_left", "missing", "worker",
         "live_returns", "last_child", "caller", "cancelled", "error", "result_bytes", "submitted_s", "started_s",
-        "finished_s", "dirty", "origins",
+        "finished_s", "dirty", "origins", "children",
     )  # fmt: skip
 
     caller: int | bytes  # of an actor's call: whose calls it stays in order with (see actor_table)
@@ -89,6 +90,7 @@ class Task:
         self.cancelled = False
         self.error: str | None = None  # one line, once FAILED; while it runs: why it will fail whatever it returns
         self.origins: tuple[bytes, ...] | None = None  # once finished: what is kept for its replay, if anything is
+        self.children: deque[bytes] | None = None  # returns of those it has submitted, kept for its second attempt
         self.result_bytes = 0
         self.submitted_s = now
         self.started_s = 0.0
@@ -132,6 +134,8 @@ class ObjectEntry:
 READY, FREED, LOST = 1, 2, 3  # of OBJECT_STATES
 MAX_REPLAYABLE = 100_000
 """So many finished tasks keep their lineage for the large results that they have made."""
+MAX_CHILDREN = 1_000
+"""So many children of a running task, the newest, are remembered for its second attempt."""
 CONSTRUCTED = pickle.dumps(None, 5)
 
 
@@ -259,7 +263,9 @@ class Lineage:
             self.drop_value(value)
             return
         self.seal(entry, value, is_error, now)
-        if type(value[0]) is not bytes and task.template.may_replay and (task.spec.deps or task.spec.nested):
+        if entry.refs <= 0 and not entry.pins:
+            self._free(entry)  # It was kept for a replay, and is too large for that.
+        elif type(value[0]) is not bytes and task.template.may_replay and (task.spec.deps or task.spec.nested):
             task.origins = ()
 
     # ------------------------------------------------------------ keeping
@@ -290,9 +296,40 @@ class Lineage:
                 entry = self.objects[object_id] = ObjectEntry(object_id, None, 0)
                 entry.data, entry.is_error = freed_object_error(object_id), True
         entry.refs += 1
-        if entry.replays and entry.data is None:
+        if entry.refs == 1 and entry.replays and entry.data is None:
             self._wanted_again(entry)
         return entry
+
+    def keep_child(self, parent: Task, child: Task) -> None:
+        """Should the parent run again, it will find this one as it is."""
+        kept = parent.children
+        if kept is None:
+            kept = parent.children = deque()
+        for index in range(child.template.options.num_returns):
+            object_id = ids.return_id(child.spec.task_id, index)
+            self.objects[object_id].replays += 1
+            kept.append(object_id)
+        while len(kept) > MAX_CHILDREN:
+            self._unkeep(kept.popleft())
+
+    def forget_child(self, parent: Task, child: Task) -> None:
+        for index in range(child.template.options.num_returns):
+            object_id = ids.return_id(child.spec.task_id, index)
+            if parent.children is not None and object_id in parent.children:
+                parent.children.remove(object_id)
+                self._unkeep(object_id)
+
+    def forget_children(self, parent: Task) -> None:
+        """The parent has ended, and will not submit them again."""
+        kept, parent.children = parent.children, None
+        for object_id in kept or ():
+            self._unkeep(object_id)
+
+    def _unkeep(self, object_id: bytes) -> None:
+        entry = self.objects[object_id]
+        entry.replays -= 1
+        if entry.refs <= 0 and not entry.pins:
+            self._free(entry)
 
     def release(self, object_id: bytes) -> None:
         """One reference less; free the object, and what only it kept, when that was the last."""
@@ -502,6 +539,9 @@ class Lineage:
         for task in self.replayable.values():
             assert task.state == FINISHED and self.tasks[task.spec.task_id] is task and task.origins is not None
             replays.update(task.origins)
+        for task in self.tasks.values():
+            assert task.children is None or task.state < FINISHED
+            replays.update(task.children or ())
         for entry in self.objects.values():
             held.update(entry.nested)
         for object_id, entry in self.objects.items():

@@ -33,8 +33,8 @@ from minray import ids
 from minray.actor_table import ActorTable
 from minray.lineage import Lineage, Task
 from minray.messages import (
-    DRIVER, Command, Event, FunctionExported, NodeQueried, ObjectPut, ReferencesChanged, TemplateDefined, Unpinned,
-    WorkerDied,
+    DRIVER, Command, Event, FunctionExported, NodeQueried, ObjectPut, ReferencesChanged, TasksFinished, TemplateDefined,
+    Unpinned, WorkerDied,
 )  # fmt: skip
 from minray.node_workers import NodeWorkers
 from minray.policy import Policy
@@ -94,6 +94,7 @@ class Node(NodeWorkers):
         """What has happened -> what shall be done.  `now`: seconds since the epoch."""
         self._now = now
         if event.client and event.client not in self.scheduler.workers and type(event) is not WorkerDied:
+            self._fence(event, now)
             return []  # The fence.
         self._handlers[type(event)](event, now)
         if self._pumps:
@@ -104,6 +105,13 @@ class Node(NodeWorkers):
         commands = self.wire[:]
         self.wire.clear()
         return commands
+
+    def _fence(self, event: Event, now: float) -> None:
+        """Nothing counts that comes from the dead, or from whoever was told to end: others have its tasks by now."""
+        if type(event) is TasksFinished:
+            for task_id, *_ in event.results:
+                text = f"worker {event.client} had been given up; its result was discarded"
+                self._event("late_result", task_id, text, now)
 
     @property
     def wake_at(self) -> float | None:

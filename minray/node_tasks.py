@@ -23,7 +23,7 @@ from minray.node_objects import NodeObjects
 from minray.scheduler import Client, WorkerRecord
 from minray.task_spec import (
     ACTOR_CREATION, ACTOR_EXITED, CANCELLED, FAILED, FINISHED, OK, PENDING_ARGS_AVAIL, PENDING_NODE_ASSIGNMENT,
-    RETRYABLE_ERROR, SUBMITTED_TO_WORKER, TASK, UNIT, ActorOptions, TaskOptions, TaskSpec,
+    RETRYABLE_ERROR, RUNNING, SUBMITTED_TO_WORKER, UNIT, ActorOptions, TaskOptions, TaskSpec,
 )  # fmt: skip
 
 SHORT_TASK_S = 0.001
@@ -83,6 +83,7 @@ class NodeTasks(NodeObjects):
             parent_no = parent.no
             parent.last_child = max(parent.last_child, *(ids.counter_of(spec.task_id) for spec in event.specs))
         held = client.held if event.client != DRIVER else None
+        may_come_again = parent is not None and parent.retries_left and parent.state < FINISHED
         templates, tasks, dirty = client.templates, self.lineage.tasks, self._dirty
         for spec in event.specs:
             if spec.task_id in tasks or (spec.task_id in self.objects and held is not None):
@@ -96,6 +97,8 @@ class NodeTasks(NodeObjects):
             if held is not None:
                 for index in range(task.live_returns):
                     held[ids.return_id(spec.task_id, index)] = None
+                if may_come_again and spec.actor is None:
+                    self.lineage.keep_child(parent, task)  # type: ignore[arg-type]
             if spec.actor_id is not None:
                 self._call_submitted(task, client)
             elif spec.actor is not None:
@@ -109,17 +112,35 @@ class NodeTasks(NodeObjects):
         False: this is another task, and there is nothing to confuse it with."""
         template = client.templates[spec.template_no]
         known = self.lineage.tasks.get(spec.task_id)
-        if known is not None and is_another(known, spec, template):
-            if not known.live_returns and known.state < SUBMITTED_TO_WORKER and known.template.options.kind == TASK:
-                self._cancel(known, force=False)  # Nobody will ever see its result.
-                return False
-            self._diverged(known, template, parent)
+        if known is not None:
+            another = is_another(known, spec, template)
+            if parent is not None and self._is_forgettable(known, another):
+                if known.state < FINISHED:
+                    self._cancel(known, force=False)
+                self.lineage.forget_child(parent, known)
+                if spec.task_id not in self.lineage.tasks:
+                    return False
+            if another:
+                self._diverged(known, template, parent)
         actor = self.actors.actors.get(spec.task_id) if spec.actor is not None else None
         if actor is not None:
             actor.unwanted = False  # Its handles were the first attempt's.
         for index in range(template.options.num_returns):
             self._acquire(client, ids.return_id(spec.task_id, index))
         return True
+
+    def _is_forgettable(self, known: Task, another: bool) -> bool:
+        """Nobody has or will see what became of it, and it is of no use: another, or not there any more."""
+        if known.spec.actor is not None or known.state in (SUBMITTED_TO_WORKER, RUNNING):
+            return False
+        returns = [
+            self.objects.get(ids.return_id(known.spec.task_id, index))
+            for index in range(known.template.options.num_returns)
+        ]
+        if any(entry is not None and (entry.refs > 0 or entry.pins) for entry in returns):
+            return False
+        gone = known.state >= FINISHED and any(entry is None or entry.data is None for entry in returns)
+        return another or gone
 
     def _task_ready(self, task: Task) -> None:
         """All that it depends on is there (perhaps as an error: the worker then says whose, without running it)."""
@@ -216,6 +237,8 @@ class NodeTasks(NodeObjects):
                 spec = task.spec
                 if spec.deps or spec.nested:
                     self.lineage.release_arguments(task)
+                if task.children is not None:
+                    self.lineage.forget_children(task)
                 entry = objects.get(task_id)
                 if entry is not None:
                     if entry.waiters is None and entry.data is None:
@@ -334,6 +357,8 @@ class NodeTasks(NodeObjects):
         task.state = state
         task.finished_s = task.finished_s or self._now
         self._mark(task)
+        if task.children is not None:
+            self.lineage.forget_children(task)
         if task.spec.actor is None:  # An actor's constructor may have to run again.
             self.lineage.release_arguments(task)
         self.lineage.forget_if_unneeded(task)

@@ -239,7 +239,7 @@ def test_a_childs_result_survives_its_parents_first_attempt() -> None:
     world.template(3, 1)
     assert to_run(world.submit(child, client=3, parent=T1)) == [(2, [child])]
     assert to_run(world.handle(WorkerDied(3, "was killed by SIGKILL", T1))) == [(1, [T1])]
-    assert child not in world.node.objects, "nobody holds it"
+    assert not world.node.objects[child].refs, "it is only kept for the second attempt"
     world.template(1, 1)
     assert world.submit(child, client=1, parent=T1) == [], "it runs already, and is not run twice"
     world.handle(ObjectsAwaited(1, 1, [child], 1, True, True))
@@ -268,7 +268,10 @@ def test_an_actor_outlives_its_makers_first_attempt_if_the_second_comes_in_time(
     assert world.finish(2, call) == [], "it is wanted again"
     assert ExitWorker(2) in world.handle(ReferencesChanged(1, [], [actor_id]))
     world.handle(ReferencesChanged(1, [], [call]))
-    assert not world.node.actors.actors and list(world.node.lineage.tasks) == [T1]
+    assert not world.node.actors.actors
+    assert list(world.node.lineage.tasks) == [T1, call], "what became of the call is kept for a third attempt"
+    world.finish(1, T1)
+    assert list(world.node.lineage.tasks) == [T1]
 
 
 # ---------------------------------------------------------------- cancel

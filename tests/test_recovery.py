@@ -296,6 +296,64 @@ def test_a_child_that_nobody_has_and_that_has_not_run_is_replaced_by_what_the_se
     assert world.node.objects[task_id(1)].data == b"done"
 
 
+def test_children_that_have_finished_are_not_run_again_though_nobody_held_their_results(world: World) -> None:
+    """The parent had taken the value and let the ref go when it died."""
+    parent_runs_again(world, change=b"arguments", held=False)
+    child = task_id(1, ids.children_prefix(task_id(1)))
+    world.handle(TasksFinished(2, [(task_id(2), OK, b"done", 99.0, 100.0)]))
+    world.handle(TasksFinished(2, [(child, OK, b"value", 99.0, 100.0)]))
+    world.handle(ReferencesChanged(2, [], [child]))
+    assert world.node.objects[child].data == b"value"
+    world.handle(WorkerDied(2, "was killed by SIGKILL", task_id(1)))
+    world.handle(WorkerStarted(3, 1003))
+    world.handle(TemplateDefined(3, 0, TaskOptions(TASK, b"", "child", resources=(("CPU", UNIT),))))
+    assert world.handle(TasksSubmitted(3, task_id(1), [TaskSpec(child, 0, b"arguments")])) == []
+    assert world.handle(ObjectsAwaited(3, 1, [child], 1, True, True)) == [Reply(3, 1, [(b"value", 5, False, child)])]
+    world.handle(ReferencesChanged(3, [], [child]))
+    world.handle(TasksFinished(3, [(task_id(1), OK, b"done", 99.0, 100.0)]))
+    assert child not in world.node.objects, "its parent has ended"
+
+
+def test_a_child_whose_large_result_nobody_held_is_run_again(world: World) -> None:
+    parent_runs_again(world, change=b"arguments", held=False)
+    child = task_id(1, ids.children_prefix(task_id(1)))
+    world.handle(TasksFinished(2, [(task_id(2), OK, b"done", 99.0, 100.0)]))
+    world.finish(child, 2)
+    world.handle(ReferencesChanged(2, [], [child]))
+    assert not world.node.lineage.arena.blocks
+    world.handle(WorkerDied(2, "was killed by SIGKILL", task_id(1)))
+    world.handle(WorkerStarted(3, 1003))
+    world.handle(TemplateDefined(3, 0, TaskOptions(TASK, b"", "child", resources=(("CPU", UNIT),))))
+    commands = world.handle(TasksSubmitted(3, task_id(1), [TaskSpec(child, 0, b"arguments")]))
+    assert [task[0] for command in commands if isinstance(command, RunTasks) for task in command.tasks] == [child]
+    world.handle(TasksFinished(3, [(child, OK, b"value", 99.0, 100.0), (task_id(1), OK, b"done", 99.0, 100.0)]))
+
+
+def test_only_the_newest_children_of_a_running_task_are_kept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lineage, "MAX_CHILDREN", 3)
+    world.handle(TasksSubmitted(DRIVER, ROOT, [TaskSpec(task_id(1), OFTEN)]))
+    world.handle(TemplateDefined(1, 0, TaskOptions(TASK, b"", "child", resources=(("CPU", UNIT),))))
+    children = [task_id(number, ids.children_prefix(task_id(1))) for number in range(1, 8)]
+    for child in children:
+        world.handle(TasksSubmitted(1, task_id(1), [TaskSpec(child, 0)]))
+        world.handle(TasksFinished(1, [(child, OK, b"value", 99.0, 100.0)]))
+        world.handle(ReferencesChanged(1, [], [child]))
+    assert list(world.node.objects) == [task_id(1), *children[-3:]]
+    world.handle(TasksFinished(1, [(task_id(1), OK, b"done", 99.0, 100.0)]))
+    assert list(world.node.objects) == [task_id(1)]
+
+
+def test_a_late_result_of_a_worker_that_was_given_up_is_discarded_and_counted(world: World) -> None:
+    world.handle(TasksSubmitted(DRIVER, ROOT, [TaskSpec(task_id(1), OFTEN)]))
+    world.handle(WorkerDied(1, "was killed by SIGKILL", task_id(1)))
+    world.handle(WorkerStarted(2, 1002))
+    assert world.handle(TasksFinished(1, [(task_id(1), OK, b"late", 99.0, 100.0)])) == []
+    assert world.node.objects[task_id(1)].data is None
+    assert len(world.events("late_result")) == 1
+    world.handle(TasksFinished(2, [(task_id(1), OK, b"value", 99.0, 100.0)]))
+    assert world.node.objects[task_id(1)].data == b"value"
+
+
 # ---------------------------------------------------------------- real processes
 
 
