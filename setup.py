@@ -29,6 +29,7 @@ def readme() -> str:
 
 EXAMPLES = ["gymnasium>=1.0", "matplotlib>=3.7", "scikit-learn>=1.3"]
 TEST = [
+    "dask>=2024.12",
     "hypothesis>=6.90",
     "ipykernel>=6.25",
     "mypy>=1.10",

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from minray import api, options
+from minray.checkpoint import check_class
 from minray.core_worker import CoreWorker
 from minray.exceptions import PendingCallsLimitExceeded
 from minray.messages import ActorLookedUp, CallsCounted
@@ -21,6 +22,8 @@ from minray.task_spec import ACTOR_CREATION, ACTOR_METHOD, ActorOptions, TaskOpt
 _METHOD_OPTIONS = "__minray_method_options__"
 _BUILT_IN = ("__ray_ready__", "__ray_call__", "__ray_terminate__")
 """Methods that every actor has, under the names that Ray's users know."""
+EXACT_TASK_RETRIES = 3
+"""With exact recovery a call is repeated anyway when its actor's worker dies; if it runs each time, so often."""
 
 
 class ActorClassInheritanceException(TypeError):
@@ -96,11 +99,18 @@ class ActorClass:
     def __init__(
         self, cls: type, given: dict[str, Any], methods: dict[str, dict[str, Any]] | None = None
     ) -> None:
+        options.check_exact(given, cls.__name__)
+        exact = options.is_exact(given)
+        if exact:
+            check_class(cls, "exact recovery")
         self._class = cls
         self._options = given
         self._methods = _methods_of(cls) if methods is None else methods
         self._interface = Interface(
-            cls.__name__, self._methods, given.get("max_task_retries", 0), given.get("max_pending_calls", -1)
+            cls.__name__,
+            self._methods,
+            given.get("max_task_retries", EXACT_TASK_RETRIES if exact else 0),
+            given.get("max_pending_calls", -1),
         )
         self._signature: inspect.Signature | None = None
         self._known_to: object = None  # the token of the core that knows it under the number:
@@ -109,6 +119,9 @@ class ActorClass:
         self.__qualname__ = cls.__qualname__
         self.__module__ = cls.__module__
         self.__doc__ = cls.__doc__
+
+    def __minray_counts__(self) -> Any:
+        return (self._class,)  # For code_digest.py: options change no result.
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"{self.__name__} is an actor class: make one with {self.__name__}.remote(...).")
@@ -127,6 +140,12 @@ class ActorClass:
 
     def _remote(self, args: Any = (), kwargs: Any = None, **given: Any) -> ActorHandle:
         return self.options(**given).remote(*(args or ()), **(kwargs or {}))
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        """A node of a graph that is run later: see `minray.dag`."""
+        from minray.dag import ClassNode
+
+        return ClassNode(self, args, kwargs)
 
     def remote(self, *args: Any, **kwargs: Any) -> ActorHandle:
         """Start an actor; returns its handle at once.  Errors of the constructor come with the first call.
@@ -148,7 +167,7 @@ class ActorClass:
             name=name,
             namespace=given.get("namespace") or core.namespace,
             detached=given.get("lifetime") == "detached",
-            max_restarts=given.get("max_restarts", 0),
+            max_restarts=given.get("max_restarts", -1 if options.is_exact(given) else 0),
         )
         actor_id = core.context().next_task_id()
         if name is not None:
@@ -185,6 +204,8 @@ class ActorClass:
                 resources=options.resources_of(given, default_cpus=0),
                 max_retries=0,
                 max_concurrency=given.get("max_concurrency", 1),
+                checkpoint_every=given.get("checkpoint_every", 0),
+                checkpoint_interval_s=float(given.get("checkpoint_interval_s", 0)),
                 interface=to_bytes(serialize(self._interface, f"the @method options of {self.__name__}")),
             )
         )
@@ -256,6 +277,12 @@ class ActorMethod:
 
     def _remote(self, args: Any = (), kwargs: Any = None, **given: Any) -> Any:
         return self.options(**given).remote(*(args or ()), **(kwargs or {}))
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        """A node of a graph that is run later: see `minray.dag`."""
+        from minray.dag import ClassMethodNode
+
+        return ClassMethodNode(self, args, kwargs)
 
 
 class ActorHandle:

@@ -18,19 +18,80 @@ in that process may be the one that the head waits for.
 
 A name belongs to the first live actor that was submitted with it.  Considered: reserving it
 before the submission; then whoever reserves and dies leaves a name that nobody has.
+
+What an actor with exact recovery needs beyond this is its `Recovery`; what is done with it stands in
+node_exact.py.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
+from minray import ids
 from minray.lineage import Task
 from minray.scheduler import WorkerRecord
 from minray.task_spec import ALIVE, DEAD, DEPENDENCIES_UNREADY, FINISHED, PENDING_CREATION, ActorOptions
 
 MAX_IN_FLIGHT = 1000
 """Calls handed to an actor's worker and not yet answered; the rest wait here and can be cancelled."""
+MAX_CALLERS = 10_000
+"""Of so many callers, those that called last, an actor with recovery knows which of their calls it has executed."""
+
+
+class Recovery:
+    """What makes an actor's state again after its worker's death: the last checkpoint, and the calls since.
+
+    Plain data, changed by node_exact.py alone.  Between the instance's birth and the moment when it has
+    executed the whole log, no new call is sent to it: ``applied <= sent <= len(log)``."""
+
+    def __init__(self) -> None:
+        self.checkpoint: bytes | None = None  # the object that is the state before the log; held
+        self.num_checkpoints = 0  # the number of that one; they count over all instances
+        self.log: list[Task] = []  # calls executed since, in the order of execution; their arguments are held
+        self.applied = 0  # so many of the log's first this instance has executed
+        self.sent = 0  # so many were handed to it
+        self.replaying: dict[bytes, Task] = {}  # those in its hands: copies, whose results are dropped
+        self.next: Task | None = None  # the copy that waits for a lost argument
+        self.again: deque[Task] = deque()  # behind the log, before all queues: calls that the last instance had in hand
+        self.children: dict[bytes, dict[bytes, list[bytes]]] = {}  # by call in the log or in hand: what it has
+        # submitted, and the returns of that, which are held: so a replay does not run them a second time
+        self.inherited: list[bytes] = []  # what dead instances held: held until the log has been replayed
+        self.executed: dict[bytes, bytearray] = {}  # by caller's prefix: a bit for each of its calls that was executed
+        self.fruitless = 0  # deaths in a row that nothing came of but a replay
+        self.diverged = False  # a replay has done something else, and the user knows
+        self.warned = False  # a checkpoint found no room, and the user knows
+
+    def note_executed(self, call_id: bytes) -> None:
+        byte, bit = divmod(ids.counter_of(call_id), 8)
+        executed = self.executed
+        bits = executed.pop(call_id[:8], None)
+        if bits is None:
+            bits = bytearray()
+            if len(executed) >= MAX_CALLERS:
+                del executed[next(iter(executed))]
+        executed[call_id[:8]] = bits  # The last that called is last.
+        if byte >= len(bits):
+            bits.extend(bytes(byte + 1 - len(bits)))
+        bits[byte] |= 1 << bit
+
+    def has_executed(self, call_id: bytes) -> bool:
+        byte, bit = divmod(ids.counter_of(call_id), 8)
+        bits = self.executed.get(call_id[:8], b"")
+        return byte < len(bits) and bool(bits[byte] >> bit & 1)
+
+    def held(self) -> Iterator[bytes]:
+        """All that it holds refs to, one entry a ref."""
+        if self.checkpoint is not None:
+            yield self.checkpoint
+        for call in self.log:
+            yield from call.spec.deps
+            yield from call.spec.nested
+        for children in self.children.values():
+            for returns in children.values():
+                yield from returns
+        yield from self.inherited
 
 
 class Actor:
@@ -53,6 +114,9 @@ class Actor:
         self.cause: tuple[bytes, str] | None = None  # an error to raise instead (pickled, and in one line)
         self.created_s = now
         self.died_s = 0.0
+        asked = task.template.options
+        self.recovery = Recovery() if asked.checkpoint_every or asked.checkpoint_interval_s else None
+        self.unrecoverable = ""  # why it has lost its recovery
 
     def enqueue(self, task: Task) -> None:
         queue = self.queues.get(task.caller)
@@ -62,11 +126,16 @@ class Actor:
 
     def enqueue_first(self, task: Task) -> None:
         """Back to the front: it was submitted before the rest."""
+        if self.recovery is not None:
+            # In the order of all callers: what it did when it ran first may depend on what ran before it.
+            self.recovery.again.appendleft(task)
+            return
         self.queues.setdefault(task.caller, deque()).appendleft(task)
 
     def waiting(self) -> list[Task]:
         """The calls in its queues.  One that was cancelled stays there until its turn comes, but does not count."""
-        return [task for queue in self.queues.values() for task in queue if task.state < FINISHED]
+        again = self.recovery.again if self.recovery is not None else ()
+        return [task for queue in (again, *self.queues.values()) for task in queue if task.state < FINISHED]
 
     def take_ready(self) -> list[Task]:
         """The calls that may be sent now, in order: of each caller up to the first whose arguments are missing."""
@@ -113,6 +182,7 @@ class Actor:
             self.options.namespace, state, worker.client if worker else None, worker.pid if worker else None,
             self.restarts, self.options.max_restarts, int(self.options.detached), int(self.created_s * 1e6),
             int(self.died_s * 1e6) or None, self.death or None,
+            self.recovery.num_checkpoints if self.recovery is not None else None, self.unrecoverable or None,
         )  # fmt: skip
 
 
@@ -120,7 +190,7 @@ class ActorTable:
     def __init__(self) -> None:
         self.actors: dict[bytes, Actor] = {}
         self.names: dict[tuple[str, str], bytes] = {}  # (namespace, name) of live actors
-        self.dirty: dict[bytes, Actor] = {}  # rows to record
+        self.dirty: dict[int, Actor] = {}  # rows to record, by number: an ID may come again, of a caller's next attempt
         self._made = 0
 
     def add(self, task: Task, options: ActorOptions, now: float) -> Actor | None:
@@ -133,7 +203,7 @@ class ActorTable:
             self.names[key] = actor_id
         self._made += 1
         actor = self.actors[actor_id] = Actor(actor_id, self._made, task, options, now)
-        self.dirty[actor_id] = actor
+        self.dirty[actor.no] = actor
         return actor
 
     def find(self, namespace: str, name: str) -> Actor | None:
@@ -153,7 +223,7 @@ class ActorTable:
         actor.advice = advice
         actor.died_s = now
         self.free_name(actor)
-        self.dirty[actor.actor_id] = actor
+        self.dirty[actor.no] = actor
 
     def forget(self, actor: Actor) -> None:
         """Nobody has a handle any more, and it is dead."""

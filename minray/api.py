@@ -87,15 +87,13 @@ _ACCEPTED = {
 """Options of Ray that a program may give and that have nothing to act on here; who asks for something is told."""
 _OWN = (
     "address", "num_cpus", "num_gpus", "resources", "object_store_memory", "namespace", "log_to_driver",
-    "ignore_reinit_error", "history", "policy", "_memory",
+    "ignore_reinit_error", "history", "policy", "job", "storage", "_memory",
 )  # fmt: skip
 _REFUSED = {
     "runtime_env": "runtime environments are not supported yet; workers have the driver's environment and sys.path",
     "job_config": "job configurations are not supported yet",
     "local_mode": "local mode is not supported yet; a real session starts in milliseconds",
     "labels": "nodes have no labels yet; declare resources={'name': 1} instead",
-    "storage": "durable jobs are not supported yet",
-    "job": "durable jobs are not supported yet",
     "_temp_dir": "set the environment variable MINRAY_HOME instead",
 }
 
@@ -112,6 +110,8 @@ def init(
     ignore_reinit_error: bool = False,
     history: int = 100_000,
     policy: Policy | None = None,
+    job: str | None = None,
+    storage: str | os.PathLike[str] | None = None,
     **more: Any,
 ) -> Context:
     """Start a session: this process becomes its driver.
@@ -129,13 +129,16 @@ def init(
         ignore_reinit_error: return the running session instead of raising when there is one.
         history: how many finished tasks the GCS file keeps.
         policy: a `minray.policy.Policy` with the scheduler's choices.
+        job: the name of a durable job: what a run of it has finished, later runs return without running it again.
+        storage: the file that keeps a durable job's results; default: one for each job, where sessions are kept.
         more: options of Ray that have nothing to act on here are accepted (include_dashboard, logging_level, …).
 
     Returns:
         A mapping with "address", "node_id", "session_dir"; also a context manager that calls `shutdown`.
 
     Raises:
-        RuntimeError: there is a session already, or this is a worker.
+        RuntimeError: there is a session already, or this is a worker, or another driver runs this job.
+        ValueError, OSError: the storage cannot be used, and why.
         TypeError: an option of another name, with the nearest one.
 
     >>> with minray.init(num_cpus=2):
@@ -148,10 +151,12 @@ def init(
             f"init(address={address!r}): there is no cluster to connect to. Leave address out to start a session here."
         )
     _check_kinds(namespace, log_to_driver, policy)
+    if job is None and storage is not None:
+        raise ValueError("init(storage=...) keeps the results of a durable job, so it needs init(job=...): its name.")
     given = {
         "num_cpus": num_cpus, "num_gpus": num_gpus, "resources": resources, "object_store_memory": object_store_memory,
         "namespace": namespace, "log_to_driver": log_to_driver, "history": history, "policy": policy,
-        "memory": more.get("_memory"),
+        "memory": more.get("_memory"), "job": (job, storage) if job is not None else None,
     }  # fmt: skip
     with _init_lock:
         if _core is not None:
@@ -160,6 +165,12 @@ def init(
                 raise RuntimeError(
                     f"minray.init() was called, but {where} already. It was not changed. Call minray.shutdown() first "
                     "(in the driver), leave init() out, or pass ignore_reinit_error=True to go on with that session."
+                )
+            running = getattr(_core, "job", None)
+            if job is not None and (running is None or running.name != job):
+                raise RuntimeError(
+                    f"minray.init(job={job!r}) was called, but the session that is running is not of that job. It was "
+                    "not changed. Call minray.shutdown() first."
                 )
             return _context(_core)
         return _start(given, announce=True)
@@ -195,6 +206,7 @@ def _start(given: Mapping[str, Any], announce: bool = False) -> Context:
                 policy=given.get("policy"),
                 version=__version__,
                 warn=lambda text: print(f"minray: {text}", file=sys.stderr),
+                job=given.get("job"),
             )
             raise_deferred()
             if announce and sys.stderr is not None and sys.stderr.isatty():

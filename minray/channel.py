@@ -99,14 +99,18 @@ class Channel:
         self._watch_writable(self, False)
 
     def receive(self) -> list[Any] | None:
-        """What has come; None at the end of the stream."""
-        try:
-            data = self.sock.recv(RECEIVE_BYTES)
-        except BlockingIOError:
-            return []
-        except OSError:
-            return None
-        return self._reader.feed(data) if data else None
+        """What has come; [] if there is nothing more to read; None at the end of the stream."""
+        while True:
+            try:
+                data = self.sock.recv(RECEIVE_BYTES)
+            except BlockingIOError:
+                return []
+            except OSError:
+                return None
+            if not data:
+                return None
+            if frames := self._reader.feed(data):
+                return frames
 
     def close(self) -> None:
         self.closed = True

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from minray import schema, state, story
+from minray import job_storage, schema, state, story
 from minray.ids import ID_BYTES
 from minray.task_spec import RUNNING
 
@@ -46,11 +46,6 @@ _LISTS: dict[str, tuple[Callable[..., list[state.Row]], str, tuple[str, ...]]] =
         state.list_workers,
         "the newest worker processes, dead ones too",
         ("worker_id", "pid", "state", "actor_id", "start_time_ms", "end_time_ms", "exit_detail"),
-    ),
-    "jobs": (
-        state.list_jobs,
-        "the session's job",
-        ("job_id", "name", "status", "driver_pid", "start_time", "end_time", "entrypoint"),
     ),
     "events": (state.list_events, "the newest events", ("time", "kind", "subject", "message")),
 }
@@ -82,8 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except state.NoSessionError as error:
         print(f"minray: {error}", file=sys.stderr)
         return 1
+    except (job_storage.JobInUseError, LookupError, OSError) as error:
+        print(f"minray {options.command}: {error}", file=sys.stderr)
+        return 1
     except (ValueError, sqlite3.Error) as error:
         hint = ". minray schema tells the tables, views and columns" if str(error).startswith("no such ") else ""
+        hint += ". minray check tells what is damaged" if "malformed" in str(error) else ""
         print(f"minray {options.command}: {error}{hint}", file=sys.stderr)
         return 2
 
@@ -95,9 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--session", help="part of its name, its directory or file; default: the newest")
     common.add_argument("--json", action="store_true", help="print JSON, for programs")
 
-    def add(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+    def add(
+        name: str, run: Callable[[argparse.Namespace], int], help: str, *more: argparse.ArgumentParser
+    ) -> argparse.ArgumentParser:
         sentence = help[0].upper() + help[1:] + "."
-        added = commands.add_parser(name, help=help, description=sentence, parents=[common])
+        added = commands.add_parser(name, help=help, description=sentence, parents=[common, *more])
         added.set_defaults(run=run)
         return added
 
@@ -110,6 +111,12 @@ def _parser() -> argparse.ArgumentParser:
             "--filter", "-f", action="append", default=[], metavar="COLUMN=VALUE",
             help="only rows like this; also != < <= > >=; may be repeated",
         )  # fmt: skip
+    keeping = argparse.ArgumentParser(add_help=False)
+    keeping.add_argument("--storage", metavar="FILE", help="as given to minray.init(); default: its own place for jobs")
+    add("jobs", _jobs, "durable jobs, minray.init(job=...): how the last run ended, and how much is kept", keeping)
+    one = add("job", _job, "a durable job: its runs, what a rerun would reuse, and what the last one left", keeping)
+    one.add_argument("name", metavar="NAME", help="of the job")
+    one.add_argument("--forget", action="store_true", help="delete everything that is kept of it")
     add("summary", _summary, "how many tasks of each function, in which state, and how long they ran")
     telling = add("story", _story, "what happened to a task, an actor, an object or a worker")
     telling.add_argument("id", metavar="ID", help="an ID, its short form (9c1f-12) or a start of it")
@@ -118,6 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     drawing = add("timeline", _timeline, "who ran what when, as a file for https://ui.perfetto.dev")
     drawing.add_argument("-o", "--output", default="timeline.json", metavar="FILE", help="where to write it")
     add("where", _where, "where the session's files are")
+    checking = add("check", _check, "whether a file is whole: a session's, or that of a durable job")
+    checking.add_argument("file", nargs="?", metavar="SESSION|FILE", help="default: the newest session")
     add("schema", _schema, "what every table and column of the GCS file means")
     commands.add_parser("microbenchmark", help="measure this machine", add_help=False)
     return parser
@@ -127,6 +136,53 @@ def _list(options: argparse.Namespace) -> int:
     rows, _about, shown = _LISTS[options.command]
     found = rows(options.session, [_filter(text) for text in options.filter], options.limit, detail=True)
     return _print(found, shown, options)
+
+
+def _jobs(options: argparse.Namespace) -> int:
+    paths = [os.path.abspath(options.storage)] if options.storage else job_storage.default_files()
+    rows = [state.Row(about) for path in paths for about in job_storage.describe(path)]
+    return _print(rows, ("job", "state", "runs", "start_time", "end_time", "results", "size_bytes", "storage"), options)
+
+
+def _job(options: argparse.Namespace) -> int:
+    paths = [os.path.abspath(options.storage)] if options.storage else job_storage.default_files()
+    path = next((one for one in paths if job_storage.runs(one, options.name)), None)
+    if path is None:
+        where = paths[0] if options.storage else "the default place (if it has a storage of its own: --storage FILE)"
+        print(f"minray: there is no durable job {options.name!r} in {where}", file=sys.stderr)
+        return 1
+    if options.forget:
+        count = job_storage.forget(path, options.name)
+        print(f"forgot {count:,} kept objects of job {options.name!r}: its next run runs everything")
+        return 0
+    runs = [state.Row(run) for run in job_storage.runs(path, options.name)]
+    kept = [state.Row(row) for row in job_storage.kept_by_name(path, options.name)]
+    left = _left_of(runs[-1])
+    if options.json:
+        return _print_json({"storage": path, "runs": runs, "kept": kept, "left": left})
+    print(f"job {options.name} in {path}")
+    print_table(runs, ("no", "state", "start_time", "end_time", "pid", "known", "reused", "ran", "kept"))
+    print(f"\na rerun of an unchanged script reuses these {sum(row.results for row in kept):,} results:")
+    if kept:
+        print_table(kept, ("name", "results", "size_bytes", "run_us"))
+    if left is None:
+        print("\nthe history of the last run is not there any more")
+    elif left:
+        print("\nwhat the last run did not finish:")
+        print_table(left, ("name", "state", "tasks", "error_type"))
+    return 0
+
+
+def _left_of(run: state.Row) -> list[state.Row] | None:
+    """The tasks of a run that were not FINISHED at its end, or are not yet; None if its session has been removed."""
+    if not run.session:
+        return None
+    query = "SELECT name, state, count(*) tasks, error_type FROM task_view WHERE state != 'FINISHED' GROUP BY 1, 2, 4"
+    try:
+        with state.reading(os.path.basename(run.session)) as database:
+            return [state.Row(zip(("name", "state", "tasks", "error_type"), row)) for row in database.execute(query)]
+    except state.NoSessionError:
+        return None
 
 
 def _filter(text: str) -> state.Filter:
@@ -241,6 +297,22 @@ def _where(options: argparse.Namespace) -> int:
     for what, place in places.items():
         print(f"{what:8} {place}")
     return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from minray import check
+
+    report = check.check_file(state.gcs_file(options.file or options.session))
+    if options.json:
+        _print_json(report._asdict())
+    elif not report.faults:
+        print(f"{report.path} is whole: {report.rows:,} rows match their checksums")
+    else:
+        print(f"{report.path} is damaged; {report.rows:,} rows match their checksums")
+        for fault in report.faults:
+            print(f"  {fault}")
+        print(report.advice)
+    return 1 if report.faults else 0
 
 
 def _schema(options: argparse.Namespace) -> int:

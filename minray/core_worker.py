@@ -177,9 +177,11 @@ class CoreWorker(ABC):
         return waiter
 
     def answered_in_vain(self, answer: Any) -> None:
-        """Nobody will look at it: values in it are not pinned any longer."""
+        """Nobody will look at it: values in it, or the actor that was found, are not pinned any longer."""
         if type(answer) is list:
             self.unpin_unread(item for item in answer if type(item) is tuple and type(item[-1]) is bytes)
+        elif type(answer) is tuple and type(answer[0]) is bytes:
+            self.unpinned.append(answer[0])
 
     def end_futures(self, why: str) -> None:
         """No more answers will come: who waits for a future is told."""

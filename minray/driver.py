@@ -19,10 +19,11 @@ from itertools import compress, count, islice
 from operator import attrgetter
 from time import monotonic
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minray import clock, ids, machine
 from minray.core_worker import CoreWorker, TaskContext, ValueLost, raise_stored
+from minray.ending import Ending
 from minray.exceptions import GetTimeoutError
 from minray.interrupts import interrupt, interruptible, raise_deferred, uninterruptible
 from minray.loop import Loop, Waiter
@@ -35,10 +36,13 @@ from minray.policy import Policy
 from minray.raylet import Raylet
 from minray.reference_counter import References
 from minray.serialization import deserialize
-from minray.session import Session, finish_session, identify, sweep
+from minray.session import FINISHED, Session, finish_session, identify, open_root, sweep
 from minray.task_spec import UNIT, TaskSpec
 from minray.worker import BLACK_BOX_BYTES, black_box_offset, hold_offset
 from minray.zygote import ZygoteClient
+
+if TYPE_CHECKING:
+    from minray.job_storage import OpenJob
 
 COMMIT_TIMEOUT_S = 30.0
 _data_of = attrgetter("data")  # Of an ObjectEntry: None, so false, while it is pending; never empty or 0 later.
@@ -56,6 +60,7 @@ class Driver(CoreWorker):
         policy: Policy | None,
         version: str,
         warn: Callable[[str], None],
+        job: tuple[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.references = References()
@@ -63,9 +68,14 @@ class Driver(CoreWorker):
         self._unguarded: Any = None
         self._main_thread = threading.main_thread().ident
         self._guard_interrupts()
+        self._ending = Ending()
         with ExitStack() as undo:  # Should anything fail here, nothing stays.
             undo.callback(self._unguard_interrupts)
-            sweep()
+            undo.callback(self._ending.unwatch)
+            for name in sweep():
+                from minray.gcs import close_file
+
+                close_file(os.path.join(open_root(), FINISHED, name, "gcs.sqlite"))
             self.session = Session.create()
             undo.callback(self.session.finish)
             self.namespace = namespace
@@ -73,6 +83,9 @@ class Driver(CoreWorker):
             self.version = version
             self.job_id = ids.root_task_id(os.urandom(16))  # A job is a driver's run, and the driver is its root task.
             self._root = TaskContext(self.job_id, None)
+            self.job = self._open_job(*job, warn) if job is not None else None
+            if self.job is not None:
+                undo.callback(self.job.close)
             plan = plan_arena(object_store_memory, machine.total_memory_bytes(), self.session.path)
             if plan.warning:
                 warn(plan.warning)
@@ -87,6 +100,7 @@ class Driver(CoreWorker):
                     "preload": ["numpy"] if "numpy" in sys.modules else [],
                     "namespace": namespace,
                     "job_id": self.job_id,
+                    "job": self.job.config() if self.job is not None else None,
                     "gpus": _visible_gpus(int(resources.get("GPU", 0))),
                     "environment": {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ},
                 },
@@ -96,8 +110,9 @@ class Driver(CoreWorker):
             self.arena = Arena.create(plan.name, plan.capacity)
             undo.callback(self.arena.close)
             self.arena.back(0, BLACK_BOX_BYTES)
-            spill = os.path.join(self.session.path, "spill")
-            self.node = Node(
+            spill = self.job.directory if self.job is not None else os.path.join(self.session.path, "spill")
+            make_node = self.job.make_node if self.job is not None else Node
+            self.node = make_node(
                 {name: round(amount * UNIT) for name, amount in resources.items()},
                 plan.capacity,
                 lambda object_id: os.path.join(spill, object_id.hex()),
@@ -113,6 +128,7 @@ class Driver(CoreWorker):
                 self._print_output, self._running_task, self._hold_next,
             )  # fmt: skip
             undo.callback(self.raylet.close)
+            self.raylet.flush_each = self.job is not None
             self.loop = Loop(self._poll, self.raylet.wake, "minray-loop")
             self.connect()
             self.raylet.start(self.node.scheduler.pool_size)
@@ -121,12 +137,33 @@ class Driver(CoreWorker):
             self.loop.start()
             undo.pop_all()
 
+    def _open_job(self, name: str, storage: Any, warn: Callable[[str], None]) -> OpenJob:
+        """What only durable jobs need is loaded here."""
+        from minray.code_digest import Digester
+        from minray.job_storage import open_job
+
+        job = open_job(name, storage, self.version, self.job_id, self.session.path)
+        self.digester = Digester()
+        if job.troubles:
+            others = f" and {len(job.troubles) - 1} more" if len(job.troubles) > 1 else ""
+            warn(f"job {name!r}: what is kept cannot all be used, and that is made anew: {job.troubles[0]}{others}")
+        if job.known.results:
+            warn(f"job {name!r}: {len(job.known.results):,} results of earlier runs are known ({job.storage})")
+        return job
+
+    def _end_job(self, job: OpenJob) -> None:
+        reused, ran = self.node.describe("reused"), self.node.describe("ran")
+        self.raylet.record({"runs": [(self._job_row[5], self._job_row[7], reused, ran)]})
+        text = f"minray: job {job.name!r}: reused {reused:,} results, ran {ran:,} tasks"
+        self._pending_lines.append(("stderr", text))
+
     def _first_rows(self, resources: dict[str, float], capacity: int) -> dict[str, list[tuple[Any, ...]]]:
         import json
 
         self._job_row = [
-            1, self.job_id, None, " ".join(sys.argv)[:1000] or "python", os.getpid(), 0, int(self.started_s * 1e6),
-            None, self.version, sys.version.split()[0], self.namespace, json.dumps(resources),
+            1, self.job_id, self.job and self.job.name, " ".join(sys.argv)[:1000] or "python", os.getpid(), 0,
+            int(self.started_s * 1e6), None, self.version, sys.version.split()[0], self.namespace,
+            json.dumps(resources),
         ]  # fmt: skip
         node_row = (1, self.node_id, socket.gethostname(), 0, json.dumps(resources), capacity)
         return {"jobs": [tuple(self._job_row)], "nodes": [node_row]}
@@ -229,6 +266,8 @@ class Driver(CoreWorker):
                 values.append(deserialize(data))
             else:
                 values.append(self._large_value(ref, deadline))
+        if self.raylet.flush_each:
+            self.raylet.settle()
         # One that was not ready, without an error in any other, has been lost while others were read.
         return values if len(values) == len(refs) else self.get_values(refs, deadline)
 
@@ -329,15 +368,19 @@ class Driver(CoreWorker):
     def forget(self) -> None:
         """In a process that the driver has forked: let go of what is the driver's."""
         self.raylet.forget()
+        if self.job is not None:
+            self.job.close()  # Its lock is not inherited.
 
     @uninterruptible
     def close(self) -> None:
         """End every process of the session and remove what it used; live arrays stay readable."""
-        self._job_row[5], self._job_row[7] = 1, int(clock.now() * 1e6)
+        self._job_row[5:8:2] = 2 if self._ending.is_bad() else 1, int(clock.now() * 1e6)  # FAILED, SUCCEEDED
         with suppress(Exception):
             self.raylet.flush_now()
             with self.raylet.lock:
                 self.raylet.record({"jobs": [tuple(self._job_row)]})
+                if self.job is not None:
+                    self._end_job(self.job)
         self.loop.close()
         self.end_futures("minray was shut down while this future was waited for")
         self.raylet.close()
@@ -346,6 +389,9 @@ class Driver(CoreWorker):
         if not clean:
             finish_session(self.session.path, self.arena.name)
         self.arena.close()
+        if self.job is not None:
+            self.job.close()
+        self._ending.unwatch()
         self._unguard_interrupts()
 
     def _on_last_notice(self, notice: tuple[Any, ...]) -> None:

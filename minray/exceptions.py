@@ -162,6 +162,10 @@ class ActorUnavailableError(RayActorError):
     """The actor cannot be reached now; it may be back later."""
 
 
+class CheckpointError(RayActorError):
+    """The state of an actor with exact recovery cannot be saved, or not be made from what was saved."""
+
+
 class ActorUnschedulableError(RayError):
     """No node can ever run the actor."""
 

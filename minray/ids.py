@@ -6,8 +6,9 @@ An ID is 16 bytes: ``prefix`` (8) + ``counter`` (4) + ``index`` (4), big endian.
 * ``counter`` numbers the children of that parent, from 1, in program order.
 * ``index`` is 0 for the task itself *and* for its first return value (a task and
   its first result share one name), ``i`` for return value ``i``, and
-  ``PUT_BIT | n`` for the n-th object that the task itself ``put``.  Its two highest
-  values mark the IDs of workers and nodes: the job's prefix and a number.
+  ``PUT_BIT | n`` for the n-th object that the task itself ``put``, and with
+  ``CHECKPOINT_BIT`` as well for the n-th checkpoint of an actor.  Its two highest values mark
+  the IDs of workers and nodes: the job's prefix and a number.
 
 The driver is a task too, the root: counter 0 under a prefix drawn at ``init`` (or
 derived from the name of a durable job).  Nothing else is random.  When a parent is
@@ -25,6 +26,7 @@ import struct
 
 ID_BYTES = 16
 PUT_BIT = 0x8000_0000
+CHECKPOINT_BIT = 0x4000_0000
 WORKER, NODE = 0xFFFF_FFFF, 0xFFFF_FFFE
 """In place of an index: the ID of a worker or a node."""
 NIL = b"\xff" * ID_BYTES
@@ -57,6 +59,10 @@ def put_id(task_id: bytes, count: int) -> bytes:
     return task_id[:12] + (PUT_BIT | count).to_bytes(4, "big")
 
 
+def checkpoint_id(actor_id: bytes, count: int) -> bytes:
+    return put_id(actor_id, CHECKPOINT_BIT | count)
+
+
 def is_put(object_id: bytes) -> bool:
     return bool(object_id[12] & 0x80)
 
@@ -67,13 +73,15 @@ def counter_of(task_id: bytes) -> int:
 
 
 def short(some_id: bytes) -> str:
-    """The form for people: ``9c1f-12`` (task or first return), ``9c1f-12.1``, ``9c1f-12.p3`` (put), ``worker-5``."""
+    """The form for people: ``9c1f-12`` (task or first return), ``9c1f-12.1``, ``9c1f-12.p3`` (put),
+    ``9c1f-12.c2`` (checkpoint), ``worker-5``."""
     prefix, counter, index = _unpack(some_id)
     if index >= NODE:
         return f"worker-{counter}" if index == WORKER else f"node-{counter}"
     text = f"{prefix[:2].hex()}-{counter}"
     if index & PUT_BIT:
-        return f"{text}.p{index & ~PUT_BIT}"
+        count = index & ~PUT_BIT
+        return f"{text}.c{count & ~CHECKPOINT_BIT}" if count & CHECKPOINT_BIT else f"{text}.p{count}"
     return f"{text}.{index}" if index else text
 
 

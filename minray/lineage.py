@@ -295,6 +295,7 @@ class Lineage:
             else:
                 entry = self.objects[object_id] = ObjectEntry(object_id, None, 0)
                 entry.data, entry.is_error = freed_object_error(object_id), True
+                entry.size = len(entry.data)
         entry.refs += 1
         if entry.refs == 1 and entry.replays and entry.data is None:
             self._wanted_again(entry)
@@ -534,28 +535,32 @@ class Lineage:
     def check(self, refs: Mapping[bytes, int], pins: Mapping[bytes, int], exact: bool) -> None:
         """Asserts what must hold between events.  `refs`, `pins`: what processes and tasks hold; nested objects are
         counted here.  `exact`: nobody else holds any."""
-        held = Counter(refs)
+        short, held = ids.short, Counter(refs)
         replays: Counter[bytes] = Counter()
         for task in self.replayable.values():
             assert task.state == FINISHED and self.tasks[task.spec.task_id] is task and task.origins is not None
             replays.update(task.origins)
         for task in self.tasks.values():
             assert task.children is None or task.state < FINISHED
-            replays.update(task.children or ())
+            if task.children:
+                replays.update(task.children)
         for entry in self.objects.values():
-            held.update(entry.nested)
+            if entry.nested:  # update() takes its time, also for nothing.
+                held.update(entry.nested)
         for object_id, entry in self.objects.items():
-            name, count = ids.short(object_id), held.pop(object_id, 0)
+            count = held.pop(object_id, 0)
             assert object_id == entry.object_id and type(object_id) is bytes
-            assert entry.refs == count or (entry.refs > count and not exact), f"{name}: {entry.refs} refs, not {count}"
-            assert entry.refs > 0 or entry.pins > 0 or entry.replays, f"{name} should have been freed"
-            assert entry.replays == replays.pop(object_id, 0), f"{name}: {entry.replays} replays would need it"
-            assert entry.pins == pins.get(object_id, 0), f"{name}: {entry.pins} pins, not {pins.get(object_id, 0)}"
+            fits = entry.refs == count or (entry.refs > count and not exact)
+            assert fits, f"{short(object_id)}: {entry.refs} refs, not {count}"
+            assert entry.refs > 0 or entry.pins > 0 or entry.replays, f"{short(object_id)} should have been freed"
+            needed, pinned = replays.pop(object_id, 0), pins.get(object_id, 0)
+            assert entry.replays == needed, f"{short(object_id)}: {entry.replays} replays would need it, not {needed}"
+            assert entry.pins == pinned, f"{short(object_id)}: {entry.pins} pins, not {pinned}"
             will_come = entry.task is not None and entry.task.state < FINISHED
             unwanted = entry.refs <= 0 and not entry.waiters
-            assert entry.data is not None or will_come or unwanted, f"{name} never comes"
+            assert entry.data is not None or will_come or unwanted, f"{short(object_id)} never comes"
             where = self.in_arena.get(object_id) is entry, self.spilling.get(object_id) is entry
-            assert sum(where) == (type(entry.data) is int), f"{name} lies at {entry.data!r}, and {where}"
+            assert sum(where) == (type(entry.data) is int), f"{short(object_id)} lies at {entry.data!r}, and {where}"
         assert not replays, "replays would miss what they need"
         gone = [ids.short(object_id) for object_id, count in held.items() if count]
         assert not gone, f"held and not there: {gone}"

@@ -58,7 +58,7 @@ class TasksFinished(NamedTuple):
 
 
 class TasksReturned(NamedTuple):
-    """Unstarted tasks that a worker gives back: asked to, or because it is about to block."""
+    """Unstarted tasks that a worker gives back: asked to, or because it is about to block, or they were cancelled."""
 
     client: int
     task_ids: Ids
@@ -181,6 +181,26 @@ class ActorKillRequested(NamedTuple):
     no_restart: bool
 
 
+class CheckpointTaken(NamedTuple):
+    """The state of the actor in this worker after all calls that it has answered, none of which is executed now.
+
+    `whole`: the constructor will not be needed any more."""
+
+    client: int
+    object_id: bytes
+    value: tuple[Any, int, tuple[bytes, ...]]  # a `Value`
+    whole: bool
+
+
+class CheckpointFailed(NamedTuple):
+    """`for_good`: the state cannot be saved; else it found no room, and is tried again."""
+
+    client: int
+    object_id: bytes
+    reason: str
+    for_good: bool
+
+
 class ActorLookedUp(NamedTuple):
     """Answered by None or (actor_id, interface): pinned for `client` until it says Unpinned."""
 
@@ -219,6 +239,22 @@ class WorkerDied(NamedTuple):
     running: bytes | None
 
 
+class GcsStalled(NamedTuple):
+    """For a while now the GCS has not been able to write, so new work must not come in: it would pile up.
+
+    `error`: the class of the exception for those who submit some; `why`: a sentence or two, naming the file."""
+
+    client: int
+    error: str
+    why: str
+
+
+class GcsRecovered(NamedTuple):
+    """All that was waiting has been written (or nothing will ever be)."""
+
+    client: int
+
+
 class Ticked(NamedTuple):
     """Time has passed: at least to the deadline that the node asked for.
 
@@ -231,8 +267,8 @@ class Ticked(NamedTuple):
 Event = Union[
     FunctionExported, TemplateDefined, TasksSubmitted, TasksFinished, TasksReturned, ObjectPut, ReferencesChanged,
     Unpinned, ObjectsAwaited, RequestAbandoned, BlockRequested, BlocksSpilled, BlockRefused, RoomAbandoned, ObjectLost,
-    ArgumentLost, CancelRequested, ActorKillRequested, ActorLookedUp, CallsCounted, NodeQueried, WorkerStarted,
-    WorkerDied, Ticked,
+    ArgumentLost, CancelRequested, ActorKillRequested, CheckpointTaken, CheckpointFailed, ActorLookedUp, CallsCounted,
+    NodeQueried, WorkerStarted, WorkerDied, GcsStalled, GcsRecovered, Ticked,
 ]  # fmt: skip
 
 FROM_WORKERS = {
@@ -240,7 +276,8 @@ FROM_WORKERS = {
     for cls in (
         FunctionExported, TemplateDefined, TasksSubmitted, TasksFinished, TasksReturned, ObjectPut, ReferencesChanged,
         Unpinned, ObjectsAwaited, RequestAbandoned, BlockRequested, BlocksSpilled, BlockRefused, RoomAbandoned,
-        ObjectLost, ArgumentLost, CancelRequested, ActorKillRequested, ActorLookedUp, CallsCounted, NodeQueried,
+        ObjectLost, ArgumentLost, CancelRequested, ActorKillRequested, CheckpointTaken, CheckpointFailed, ActorLookedUp,
+        CallsCounted, NodeQueried,
     )
 }  # fmt: skip
 """The events that a worker may send; all others come from the shell alone."""
@@ -296,6 +333,14 @@ class MarkReconstructed(NamedTuple):
     """The actor that comes next has lived before."""
 
     client: int
+
+
+class RestoreActor(NamedTuple):
+    """The actor that comes next starts from this checkpoint, the `number`-th."""
+
+    client: int
+    number: int
+    checkpoint: Fetched
 
 
 class TakeBack(NamedTuple):
@@ -356,8 +401,8 @@ class DeleteFile(NamedTuple):
 
 
 Command = Union[
-    StartWorker, DefineFunction, DefineTemplate, RunTasks, AssignResources, MarkReconstructed, TakeBack, HoldNext,
-    Forget, CancelTask, Reply, KillWorker, ExitWorker, DeleteFile, Warn,
+    StartWorker, DefineFunction, DefineTemplate, RunTasks, AssignResources, MarkReconstructed, RestoreActor,
+    TakeBack, HoldNext, Forget, CancelTask, Reply, KillWorker, ExitWorker, DeleteFile, Warn,
 ]  # fmt: skip
 
 # ---------------------------------------------------------------- values

@@ -615,6 +615,48 @@ def hundred_actors(b: Backend) -> float:
     return clock() - began
 
 
+class Tally(Server):
+    """An actor with a state, and a way to see in which process it is."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def add(self) -> int:
+        self.calls += 1
+        return self.calls
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+@row("recovery", ("minray",), Figure("1:1 exact actor calls async, a checkpoint after every 100", "calls/s"))
+def exact_actor_async(b: Backend) -> float:
+    tally = b.ray.remote(checkpoint_every=100)(Tally).remote()
+    return b.rate(lambda: b.get([tally.add.remote() for _ in range(1000)]), 1000)
+
+
+@row("recovery", ("minray",), Figure("1:1 exact actor calls async, a checkpoint after each", "calls/s"))
+def exact_actor_checkpoints(b: Backend) -> float:
+    tally = b.ray.remote(checkpoint_every=1)(Tally).remote()
+    return b.rate(lambda: b.get([tally.add.remote() for _ in range(1000)]), 1000)
+
+
+@row("recovery", ("minray",), Figure("actor with 1,000 logged calls: kill -9 to first reply", "ms"))
+def exact_actor_recovery(b: Backend) -> float:
+    tally_class, times = b.ray.remote(checkpoint_every=1_000_000)(Tally), []
+    for _ in range(5):
+        tally = tally_class.remote()
+        b.get([tally.add.remote() for _ in range(1000)])
+        pid = b.get(tally.pid.remote())
+        began = clock()
+        os.kill(pid, signal.SIGKILL)
+        while b.get(tally.pid.remote()) == pid:
+            pass  # The dead one's last words.
+        times.append(clock() - began)
+        assert b.get(tally.add.remote()) == 1001
+    return 1000 * median(times)
+
+
 # --- Rows: the session itself.  These start and stop their backend on their own. ---
 
 

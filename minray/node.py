@@ -47,6 +47,10 @@ CHANGES_NO_QUEUE = frozenset((ReferencesChanged, Unpinned, ObjectPut, FunctionEx
 """After these nothing can run that could not run before (unless an actor's calls were touched)."""
 
 
+def named(task: Task) -> str:
+    return f"{task.template.options.name} [{ids.short(task.spec.task_id)}]"
+
+
 class Node(NodeWorkers):
     def __init__(
         self,
@@ -85,6 +89,8 @@ class Node(NodeWorkers):
         self._rebuilding = False
         self._dirty = []
         self._rows = {}
+        self._stall = None
+        self._refused = 0
         self._handlers: dict[type, Callable[[Any, float], None]] = {
             event: getattr(self, "handle_" + re.sub("(?<=.)([A-Z])", r"_\1", event.__name__).lower())
             for event in get_args(Event)
@@ -218,6 +224,12 @@ class Node(NodeWorkers):
             for caller, queue in actor.queues.items():
                 assert queue and all(task.caller == caller for task in queue)
                 places.update(task.no for task in queue if task.state < FINISHED)
+            if actor.recovery is not None:
+                recovery = actor.recovery
+                refs.update(recovery.held())
+                places.update(task.no for task in recovery.again if task.state < FINISHED)
+                assert 0 <= recovery.applied <= recovery.sent <= len(recovery.log)
+                assert actor.state == DEAD or len(recovery.replaying) == recovery.sent - recovery.applied
             if actor.holds_arguments:
                 refs.update(actor.task.spec.deps + actor.task.spec.nested)
             if actor.options.detached and actor.state != DEAD:
@@ -228,19 +240,19 @@ class Node(NodeWorkers):
                 assert task.worker is worker and task.state in (SUBMITTED_TO_WORKER, RUNNING), "in hand, not running"
         returns: Counter[int] = Counter(entry.task.no for entry in lineage.objects.values() if entry.task is not None)
         for task in lineage.tasks.values():
-            name = f"{task.template.options.name} [{ids.short(task.spec.task_id)}]"
             live = task.state < FINISHED
             if task.spec.actor is None:
-                if live:
+                if live and (task.spec.deps or task.spec.nested):
                     refs.update(task.spec.deps + task.spec.nested)
                 in_queue = 0 if task.state == PENDING_ARGS_AVAIL and task.spec.actor_id is None else int(live)
-                assert places[task.no] == in_queue, f"{name}, state {task.state}, stands in {places[task.no]} places"
-                assert live or task.live_returns, f"{name} has ended and is kept for nothing"
+                stands_in = places[task.no]
+                assert stands_in == in_queue, f"{named(task)}, state {task.state}, stands in {stands_in} places"
+                assert live or task.live_returns, f"{named(task)} has ended and is kept for nothing"
             if task.state == PENDING_ARGS_AVAIL:
                 pending = sum(1 for object_id in task.spec.deps if lineage.objects[object_id].data is None)
-                assert task.missing == pending > 0, f"{name} waits for {task.missing} objects, not {pending}"
-            live_returns = returns[task.no]
-            assert task.live_returns == live_returns, f"{name} has {task.live_returns} live returns, not {live_returns}"
+                assert task.missing == pending > 0, f"{named(task)} waits for {task.missing} objects, not {pending}"
+            found = returns[task.no]
+            assert task.live_returns == found, f"{named(task)} has {task.live_returns} live returns, not {found}"
         lineage.check(refs, pins, exact=driver_refs is not None)
         blocks = {grant[1] for grant in self._grants.values() if grant[0] == "block"}
         blocks.update(entry.data for entry in lineage.in_arena.values())

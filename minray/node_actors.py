@@ -1,7 +1,8 @@
 """Actors, at the node: a creation is a task whose worker stays; calls are tasks that go to that worker, in order.
 
-The table with its queues is actor_table.py.  An actor has one end, `_bury`, whatever brings it:
-kill(), its last handle, exit_actor(), a constructor that raised, a worker that died too often.
+The table with its queues is actor_table.py; what makes an actor's state again is node_exact.py.  An
+actor has one end, `_bury`, whatever brings it: kill(), its last handle, exit_actor(), a constructor that
+raised, a worker that died too often.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from minray import ids
 from minray.actor_table import Actor
 from minray.lineage import Task
 from minray.messages import ActorKillRequested, ActorLookedUp, CallsCounted, ExitWorker, KillWorker
-from minray.node_recovery import NodeRecovery
+from minray.node_exact import NodeExact
 from minray.scheduler import Client, WorkerRecord
 from minray.task_spec import ALIVE, DEAD, FAILED, FINISHED, PENDING_NODE_ASSIGNMENT, RESTARTING, ActorOptions
 
 
 
-class NodeActors(NodeRecovery):
+class NodeActors(NodeExact):
     def _actor_submitted(self, task: Task, options: ActorOptions, now: float) -> None:
         actor = self.actors.add(task, options, now)
         if actor is None:
@@ -36,10 +37,12 @@ class NodeActors(NodeRecovery):
 
     def _constructed(self, actor: Actor) -> None:
         actor.state = ALIVE
-        self.actors.dirty[actor.actor_id] = actor
+        self.actors.dirty[actor.no] = actor
         self._pumps[actor.actor_id] = actor
         if not actor.restarts_left:
             self._release_constructor_arguments(actor)
+        if actor.recovery is not None and not actor.recovery.log:
+            self._caught_up(actor, actor.recovery)
 
     def _release_constructor_arguments(self, actor: Actor) -> None:
         """It will not be constructed again."""
@@ -54,7 +57,8 @@ class NodeActors(NodeRecovery):
             self.lineage.release_arguments(task)
         elif actor.state != DEAD:
             actor.cause = (error, text)
-            self._bury(actor, f"its constructor failed: {text}", self._now)
+            what = "it could not be made again" if actor.restarts else "its constructor failed"
+            self._bury(actor, f"{what}: {text}", self._now)
 
     # ------------------------------------------------------------ calls
 
@@ -67,6 +71,15 @@ class NodeActors(NodeRecovery):
             actor.pending += 1
         if actor is None or actor.state == DEAD:
             self._fail_call(task, actor, may_have_run=False)
+            return
+        if actor.recovery is not None and actor.recovery.has_executed(task.spec.task_id):
+            task.missing = -1
+            self._fail(
+                task, "ObjectLostError",
+                f"this call of {task.template.options.name}() was submitted by an earlier attempt of its caller, and "
+                "was executed then: it is in the actor's state, and minray will not execute it twice. Its result has "
+                "been freed meanwhile. Let the caller keep the ObjectRef, or hold what it needs in the actor.",
+            )  # fmt: skip
             return
         actor.enqueue(task)
         if not task.missing:
@@ -82,7 +95,8 @@ class NodeActors(NodeRecovery):
     def _send_calls(self, now: float) -> None:
         while self._pumps:
             _, actor = self._pumps.popitem()
-            batch = actor.take_ready()
+            recovery = actor.recovery
+            batch = actor.take_ready() if recovery is None else self._take_in_order(actor, recovery)
             if batch and actor.worker is not None:
                 self._run(actor.worker, batch, now)
             elif actor.unwanted and not actor.pending and actor.state == ALIVE:
@@ -158,17 +172,25 @@ class NodeActors(NodeRecovery):
         """Make the actor again, or bury it.
 
         Calls that had not begun go to the new instance.  Those that may have run cost a retry, or fail."""
+        recovery = actor.recovery
+        given_up = self._gives_up(actor, recovery, worker, running) if recovery is not None else ""
         calls = list(worker.in_flight.values())
         begun = actor.begun(calls, running)
         why = f"its worker {worker.client} (pid {worker.pid}, node {self.label}) {reason}"
         if begun and calls[begun - 1].spec.task_id == running:
             why += f" while running {calls[begun - 1].template.options.name}()"
+        if actor.unrecoverable:
+            why += f". It had lost its exact recovery: {actor.unrecoverable}"
         hint = "SIGKILL often means that the machine ran out of memory. " if "SIGKILL" in reason else ""
         hint += f"The worker's output is in <session>/logs/worker-{worker.client}.log\n"
+        if given_up:
+            self._bury(actor, why + given_up, now, hint.rstrip(), begun)
+            return
         if not actor.restarts_left:
             allowed = actor.restarts
             spent = f"It had been restarted as often as max_restarts={allowed} allows. " if allowed else ""
-            self._bury(actor, why, now, f"{hint}{spent}To let it restart: @minray.remote(max_restarts=...)", begun)
+            advice = "" if actor.unrecoverable else f"{spent}To let it restart: @minray.remote(max_restarts=...)"
+            self._bury(actor, why, now, (hint + advice).rstrip(), begun)
             return
         actor.worker = None
         actor.state = RESTARTING
@@ -178,13 +200,24 @@ class NodeActors(NodeRecovery):
             if task.cancelled:
                 task.attempt -= position >= begun
                 self._fail_cancelled(task)
-            elif position >= begun:
-                task.attempt -= 1
+            elif position >= begun or (recovery is not None and task.spec.task_id != running):
+                # With recovery, one that had ended without an answer is no part of the state that is made again.
+                task.attempt -= position >= begun
                 self._run_again(task)
             elif task.retries_left:
                 task.retries_left -= task.retries_left > 0
                 self._retried(task, f"ended when {why}")
                 self._run_again(task)
+            elif recovery is not None:
+                limit = task.template.options.max_retries
+                self._fail(
+                    task, "WorkerCrashedError",
+                    f"actor {actor.options.class_name} [{ids.short(actor.actor_id)}]: {why}, attempt {task.attempt} of "
+                    f"{limit + 1}.\nThis call of {task.template.options.name}() [task {ids.short(task.spec.task_id)}] "
+                    "may have run partway; it is not in the state that the actor is given again, and minray will not "
+                    f"repeat it. The actor goes on without it.\n{hint}To allow more attempts: "
+                    "@minray.remote(max_task_retries=...)",
+                )  # fmt: skip
             else:
                 self._fail(
                     task, "ActorUnavailableError",
@@ -199,16 +232,23 @@ class NodeActors(NodeRecovery):
             return
         actor.restarts_left -= actor.restarts_left > 0
         actor.restarts += 1
-        self.actors.dirty[actor.actor_id] = actor
-        self._event("actor_restarted", actor.actor_id, f"{actor.options.class_name} is made again: {why}", now)
+        self.actors.dirty[actor.no] = actor
+        made_of = ""
+        if recovery is not None:
+            start = f"checkpoint {recovery.num_checkpoints}" if recovery.checkpoint is not None else "its constructor"
+            made_of = f", from {start} and {len(recovery.log):,} logged calls"
+        self._event("actor_restarted", actor.actor_id, f"{actor.options.class_name} is made again{made_of}: {why}", now)
         self._mark(actor.task)
-        self.scheduler.enqueue_first(actor.task)
+        self._run_again(actor.task)
 
     def _bury(self, actor: Actor, reason: str, now: float, advice: str = "", begun: int | None = None) -> None:
         """The actor is dead for good: its worker ends, and its calls fail.
 
         `begun`: so many of those that its worker had in hand may have run; None: all."""
         worker, creation = actor.worker, actor.task
+        is_replaying = actor.recovery is not None and bool(actor.recovery.replaying)
+        if actor.recovery is not None:
+            self._end_recovery(actor, actor.recovery)
         name = f"actor {actor.options.class_name} [{ids.short(actor.actor_id)}]"
         self.actors.bury(actor, f"{name} is dead: {reason}.", advice, now)
         self._event("actor_died", actor.actor_id, actor.death, now)
@@ -218,7 +258,8 @@ class NodeActors(NodeRecovery):
             worker.in_flight.clear()
             if worker.client in self.scheduler.workers:
                 self._forget_worker(worker, f"was told to end: {reason}", now)
-                self.wire.append(ExitWorker(worker.client))
+                # A call that is being replayed may wait, and would be answered by nobody.
+                self.wire.append(KillWorker(worker.client) if is_replaying else ExitWorker(worker.client))
         waiting = actor.waiting()
         actor.queues.clear()
         if begun is None:
@@ -227,7 +268,8 @@ class NodeActors(NodeRecovery):
             task.missing = -1  # The end of one may be what another waits for.
         for position, task in enumerate(in_hand + waiting):
             if task is not creation:
-                self._fail_call(task, actor, may_have_run=position < begun)
+                earlier = position >= len(in_hand) and task.attempt > 0
+                self._fail_call(task, actor, may_have_run=position < begun or earlier)
         if creation.state < FINISHED:
             if creation.state == PENDING_NODE_ASSIGNMENT:
                 self.scheduler.remove(creation)

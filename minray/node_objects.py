@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from minray import ids
+from minray.exceptions import error_payload
 from minray.lineage import Request
 from minray.messages import (
     DRIVER, BlockRefused, BlockRequested, BlocksSpilled, DeleteFile, Fetched, ObjectPut, ObjectsAwaited,
@@ -23,11 +25,28 @@ class NodeObjects(NodeTables):
     def handle_object_put(self, event: ObjectPut, now: float) -> None:
         client = self._client(event.client)
         self._grants.pop((event.client, event.object_id), None)
-        entry = self.lineage.put(event.object_id, event.value, now)
+        value, refused = event.value, self._stall is not None and event.object_id not in self.objects
+        if refused:
+            self.lineage.drop_value(value)
+            error = self._stall_error(f"object {ids.short(event.object_id)} was not stored")
+            value = (error, len(error), ())
+        entry = self.lineage.put(event.object_id, value, now)
         if entry is None:
             self._acquire(client, event.object_id)
-        elif event.client != DRIVER:
-            client.held[event.object_id] = None
+        else:
+            entry.is_error = refused
+            if event.client != DRIVER:
+                client.held[event.object_id] = None
+
+    def _stall_error(self, what: str) -> bytes:
+        """What came in while the GCS could not write becomes this error."""
+        assert self._stall is not None
+        self._refused += 1
+        return error_payload(
+            self._stall.error,
+            f"{what}, since it could not be recorded: {self._stall.why} What runs goes on. As soon as the GCS can "
+            "write, all that waits is written and new work is taken in, without a restart: submit this again then.",
+        )
 
     def _acquire(self, client: Client, object_id: bytes) -> None:
         """The process holds the object: counted once a process."""

@@ -102,7 +102,7 @@ class NodeRecovery(NodeTasks):
             kind = "ObjectReconstructionFailedError" if task else "ObjectLostError"
             message = (
                 f"object {ids.short(object_id)} ({origin}) was lost on node {self.label} and cannot be rebuilt: "
-                f"{refusal}.\nIts history: minray story {ids.short(ids.task_of(object_id))}"
+                f"{refusal}.\nIts history: minray story {ids.short(object_id)}"
             )
             self._event("object_not_rebuilt", object_id, refusal, self._now)
             error = error_payload(kind, message)
@@ -111,7 +111,7 @@ class NodeRecovery(NodeTasks):
         task.retries_left -= task.retries_left > 0
         short = ids.short(object_id)
         self._event("task_replayed", task.spec.task_id, f"it is run again, to rebuild object {short}", self._now)
-        self._mark(task)
+        self._note_attempt(task)
         task.state = PENDING_ARGS_AVAIL
         task.worker = None
         task.cancelled = False
@@ -138,8 +138,8 @@ class NodeRecovery(NodeTasks):
 
     def _diverged(self, old: Task, template: Template, parent: Task | None) -> None:
         """What a second attempt submits under the ID of `old` is something else."""
-        if parent is None or parent.error is not None:
-            return
+        if parent is None or parent.error is not None or parent.state >= FINISHED:
+            return  # (A call of an actor that is being replayed has long finished: see node_exact.py.)
         before, now = old.template.options.name, template.options.name
         became = "has other arguments now" if before == now else f"is one of {now}() now"
         name = parent.template.options.name

@@ -1,12 +1,13 @@
 """What a node knows: the fields that all chapters of `Node` share, and how its history is noted.
 
-`Node` is one class in six chapters, each a file and a base class of the next, from the ground up:
+`Node` is one class in seven chapters, each a file and a base class of the next, from the ground up:
 
 ======================  =========================================================
 node_tables.py          the data, and notes for the GCS (this file)
 node_objects.py         objects, references, waiting, memory
 node_tasks.py           functions and tasks: come in, go out, end
 node_recovery.py        lost objects are made again
+node_exact.py           an actor's state is made again
 node_actors.py          actors and their calls
 node_workers.py         workers start, die and get stuck
 node.py                 `Node`: joins them, and is all that the world sees
@@ -24,10 +25,13 @@ from typing import Any
 from minray import ids
 from minray.actor_table import Actor, ActorTable
 from minray.lineage import Lineage, ObjectEntry, Task, Template
-from minray.messages import DRIVER, Command, Reply
+from minray.messages import DRIVER, Command, GcsStalled, Reply
 from minray.scheduler import Client, Scheduler, WorkerRecord
-from minray.task_spec import TaskOptions
+from minray.task_spec import FINISHED, TaskOptions
 
+
+MAX_WAITING_EVENTS = 10_000
+"""While the GCS cannot write, so many wait for it; of what happens then, the rest is left out of the history."""
 
 
 class NodeTables(ABC):
@@ -54,6 +58,8 @@ class NodeTables(ABC):
     _events_made: int
     _dirty: list[Task]  # whose rows have changed
     _rows: dict[str, list[tuple[Any, ...]]]  # other rows to record, by table
+    _stall: GcsStalled | None  # why nothing new is taken in
+    _refused: int  # how much was not, since then
 
     def _client(self, client: int) -> Client:
         return self.driver if client == DRIVER else self.scheduler.workers[client]
@@ -65,6 +71,8 @@ class NodeTables(ABC):
         self._rows.setdefault(table, []).append(row)
 
     def _event(self, kind: str, subject: bytes, message: str, now: float) -> None:
+        if self._stall is not None and len(self._rows.get("events", ())) >= MAX_WAITING_EVENTS:
+            return
         self._events_made += 1
         self._row("events", (self._events_made, int(now * 1e6), kind, subject.hex(), message))
 
@@ -77,8 +85,18 @@ class NodeTables(ABC):
     def _retried(self, task: Task, how: str) -> None:
         limit = task.template.options.max_retries
         attempts = f"{task.attempt} of {limit + 1}" if limit >= 0 else str(task.attempt)
-        self._mark(task)
+        self._note_attempt(task)
         self._event("task_retried", task.spec.task_id, f"attempt {attempts} {how}; it is run again", self._now)
+
+    def _note_attempt(self, task: Task) -> None:
+        """The task will run again, and its row tells only of the last attempt: this one becomes part of the history."""
+        self._mark(task)
+        if task.started_s and task.worker is not None:
+            number, worker = task.attempt, f"worker-{task.worker.client} (pid {task.worker.pid})"
+            text = f"attempt {number} began to run on {worker}"
+            self._event("attempt_started", task.spec.task_id, text, task.started_s)
+            if task.state == FINISHED:
+                self._event("attempt_finished", task.spec.task_id, f"attempt {number} finished", task.finished_s)
 
     def worker_id(self, client: int) -> bytes:
         return ids.pack_id(self.session_id, client, ids.WORKER)

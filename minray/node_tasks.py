@@ -12,12 +12,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from minray import ids
-from minray.actor_table import Actor
+from minray.actor_table import Actor, Recovery
 from minray.exceptions import error_payload
 from minray.lineage import Task, Template
 from minray.messages import (
-    DRIVER, CancelRequested, CancelTask, DefineFunction, DefineTemplate, FunctionExported, KillWorker,
-    MarkReconstructed, RunTasks, TasksFinished, TasksReturned, TasksSubmitted, TemplateDefined,
+    DRIVER, CancelRequested, CancelTask, DefineFunction, DefineTemplate, FunctionExported, GcsRecovered, GcsStalled,
+    KillWorker, MarkReconstructed, RestoreActor, RunTasks, TasksFinished, TasksReturned, TasksSubmitted,
+    TemplateDefined,
 )  # fmt: skip
 from minray.node_objects import NodeObjects
 from minray.scheduler import Client, WorkerRecord
@@ -84,27 +85,64 @@ class NodeTasks(NodeObjects):
             parent.last_child = max(parent.last_child, *(ids.counter_of(spec.task_id) for spec in event.specs))
         held = client.held if event.client != DRIVER else None
         may_come_again = parent is not None and parent.retries_left and parent.state < FINISHED
-        templates, tasks, dirty = client.templates, self.lineage.tasks, self._dirty
-        for spec in event.specs:
+        templates, tasks, dirty, stalled = client.templates, self.lineage.tasks, self._dirty, self._stall is not None
+        specs = event.specs
+        recovery = client.actor.recovery if client.actor is not None else None
+        if recovery is not None:
+            specs = self._without_known_children(recovery, event, client)
+        for spec in specs:
             if spec.task_id in tasks or (spec.task_id in self.objects and held is not None):
                 if self._submitted_again(spec, client, parent):
                     continue
             self._tasks_made += 1
             task = Task(spec, templates[spec.template_no], self._tasks_made, parent_no, event.client, now)
             task.dirty = True
-            dirty.append(task)
+            if not stalled:
+                dirty.append(task)
             self.lineage.add_task(task)
             if held is not None:
                 for index in range(task.live_returns):
                     held[ids.return_id(spec.task_id, index)] = None
-                if may_come_again and spec.actor is None:
+                if may_come_again and spec.actor is None and not stalled:
                     self.lineage.keep_child(parent, task)  # type: ignore[arg-type]
-            if spec.actor_id is not None:
+            if stalled:
+                self._refuse_unrecorded(task)
+            elif spec.actor_id is not None:
                 self._call_submitted(task, client)
             elif spec.actor is not None:
                 self._actor_submitted(task, ActorOptions(*spec.actor), now)
             elif not task.missing:
                 self._task_ready(task)
+        if recovery is not None:
+            self._keep_children(recovery, event.parent_task_id, specs, templates)
+
+    def handle_gcs_stalled(self, event: GcsStalled, now: float) -> None:
+        self._stall = event
+        self._refused = 0
+        self._event("gcs_stalled", b"", event.why, now)
+
+    def handle_gcs_recovered(self, event: GcsRecovered, now: float) -> None:
+        self._stall = None
+        self._event("gcs_recovered", b"", f"meanwhile {self._refused:,} tasks and objects were refused", now)
+
+    def _refuse_unrecorded(self, task: Task) -> None:
+        """The GCS cannot write: what is taken in now would wait for it in memory, more and more of it.
+
+        For the same reason it gets no row: marked as if it stood in the list of those to record, it never will."""
+        assert self._stall is not None
+        spec, name = task.spec, task.template.options.name
+        task.missing = -1  # What it waits for will not start it.
+        actor = self.actors.actors.get(spec.actor_id or b"")
+        if actor is not None:
+            actor.pending += 1  # Its end counts one down.
+        elif spec.actor is not None:
+            # Dead in a moment, and only there so that its calls know why: it takes no name, and the session no handle.
+            options = ActorOptions(*spec.actor)._replace(name=None, detached=False)
+            actor = self.actors.add(task, options, self._now)
+        error = self._stall_error(f"{name} [task {ids.short(spec.task_id)}] was not run")
+        self._end(task, FAILED, error, f"{self._stall.error}: {self._stall.why}")
+        if spec.actor is not None and actor is not None:
+            self.actors.dirty.pop(actor.no, None)
 
     def _submitted_again(self, spec: TaskSpec, client: Client, parent: Task | None) -> bool:
         """The second attempt of a parent submits its children anew, under the same IDs: they run once.
@@ -197,6 +235,10 @@ class NodeTasks(NodeObjects):
             self._row("workers", self._worker_row(worker, 1, now, None))
             if actor.restarts:
                 self.wire.append(MarkReconstructed(worker.client))
+            recovery = actor.recovery
+            if recovery is not None and recovery.checkpoint is not None:
+                fetched = self._fetch(worker, recovery.checkpoint)
+                self.wire.append(RestoreActor(worker.client, recovery.num_checkpoints, fetched))  # type: ignore[arg-type]
         self.wire.append(RunTasks(worker.client, batch))
 
     def _introduce(self, worker: WorkerRecord, template: Template) -> None:
@@ -217,7 +259,11 @@ class NodeTasks(NodeObjects):
         worker.progressed_s = now
         worker.asked_s = 0.0
         worker.taking_back = False
-        for task_id, status, payload, started_s, finished_s in event.results:
+        results = event.results
+        actor = worker.actor
+        if actor is not None and actor.recovery is not None:
+            results = self._note_executed(worker, actor, actor.recovery, results)
+        for task_id, status, payload, started_s, finished_s in results:
             task = in_flight.pop(task_id, None)
             if task is None:
                 continue
@@ -253,8 +299,8 @@ class NodeTasks(NodeObjects):
                 self._finished_otherwise(worker, task, status, payload, now)
         if not in_flight:
             self.scheduler.finished_one(worker, now)
-        if worker.actor is not None:
-            self._pumps[worker.actor.actor_id] = worker.actor
+        if actor is not None:
+            self._pumps[actor.actor_id] = actor
 
     def _finished_otherwise(self, worker: WorkerRecord, task: Task, status: int, payload: Any, now: float) -> None:
         options = task.template.options
@@ -306,19 +352,23 @@ class NodeTasks(NodeObjects):
             self.scheduler.enqueue_first(task)
 
     def handle_tasks_returned(self, event: TasksReturned, now: float) -> None:
-        """Unstarted tasks come back, to the front and without losing an attempt."""
+        """Unstarted tasks come back, to the front and without losing an attempt; those that were cancelled end."""
         worker = self.scheduler.workers[event.client]
         worker.asked_s = 0.0
-        if event.forgets < worker.forgets:
-            return  # It had not read yet that others have these tasks.
-        # With empty hands it is not asked again before it has finished something.
-        worker.taking_back = worker.taking_back and not event.task_ids
         for task_id in reversed(event.task_ids):
+            if event.forgets < worker.forgotten.get(task_id, 0):
+                continue  # It had not read yet that others have this one (or it has by now, again).
             task = worker.in_flight.pop(task_id, None)
             if task is not None:
                 self._unstarted(worker, task)
+        if event.forgets == worker.forgets:
+            # With empty hands it is not asked again before it has finished something.
+            worker.taking_back = worker.taking_back and not event.task_ids
+            worker.forgotten.clear()
         if not worker.in_flight:
             self.scheduler.finished_one(worker, now)
+        if worker.actor is not None:
+            self._pumps[worker.actor.actor_id] = worker.actor
 
     def _unstarted(self, worker: WorkerRecord, task: Task) -> None:
         task.attempt -= 1
@@ -407,10 +457,23 @@ class NodeTasks(NodeObjects):
                 self.wire.append(KillWorker(task.worker.client, only_if_running=task.spec.task_id))
             self.wire.append(CancelTask(task.worker.client, task.spec.task_id))
 
-    # ------------------------------------------------------------ what it needs of node_recovery.py and node_actors.py
+    # ------------------------------------------------------------ what it needs of the chapters that follow
 
     @abstractmethod
     def _diverged(self, old: Task, template: Template, parent: Task | None) -> None: ...
+
+    @abstractmethod
+    def _without_known_children(self, recovery: Recovery, event: TasksSubmitted, client: Client) -> list[TaskSpec]: ...
+
+    @abstractmethod
+    def _keep_children(
+        self, recovery: Recovery, parent_id: bytes, specs: list[TaskSpec], templates: dict[int, Template]
+    ) -> None: ...
+
+    @abstractmethod
+    def _note_executed(
+        self, worker: WorkerRecord, actor: Actor, recovery: Recovery, results: list[Any]
+    ) -> list[Any]: ...
 
     @abstractmethod
     def _actor_submitted(self, task: Task, options: ActorOptions, now: float) -> None: ...

@@ -31,7 +31,8 @@ class NodeWorkers(NodeActors):
 
         The task that it was executing may have run halfway, so its side effects may already
         have happened: running it again costs one of its retries.  Tasks that it had only been
-        handed go back as they were.
+        handed go back as they were.  Those before it had ended, and their results were lost on the
+        way: they go back, too, but not if they must not run twice.
         """
         worker = self.scheduler.workers.get(event.client)
         if worker is None:
@@ -46,6 +47,7 @@ class NodeWorkers(NodeActors):
         if running is not None:
             task = worker.in_flight[running]
             task.started_s = task.started_s or worker.progressed_s
+        self._inherit(worker)
         self._forget_worker(worker, event.reason, now)
         self._release_memory(worker.client, now)
         who = self.worker_id(worker.client)
@@ -53,8 +55,10 @@ class NodeWorkers(NodeActors):
         if worker.actor is not None:
             self._actor_worker_died(worker, worker.actor, event.running, event.reason, now)
             return
+        had_begun = False
         for task in reversed(in_flight):
-            if task.spec.task_id == running:
+            if task.spec.task_id == running or (had_begun and not task.template.may_repeat):
+                had_begun = True
                 self._attempt_lost(task, worker, event.reason, now)
             else:
                 task.attempt -= 1
@@ -120,4 +124,5 @@ class NodeWorkers(NodeActors):
         if unstarted:
             worker.forgets += 1
             for task_id in reversed(unstarted):
+                worker.forgotten[task_id] = worker.forgets
                 self._unstarted(worker, worker.in_flight.pop(task_id))

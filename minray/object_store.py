@@ -426,6 +426,11 @@ _TRAILER = struct.Struct("<4sI")  # what kind of file it is, and the CRC-32 of a
 _MAGIC = b"mro1"
 
 
+def file_size(size: int) -> int:
+    """Of the file that `write_file` makes of so many bytes."""
+    return size + _TRAILER.size
+
+
 def write_file(path: str, *chunks: Buffer) -> int:
     """Writes the chunks of bytes, one after the other, to a private file; returns how many bytes these are.
 

@@ -67,6 +67,8 @@ ACTOR: dict[str, tuple[Check, str]] = {
     "max_restarts": _RETRIES,
     "max_task_retries": _RETRIES,
     "max_pending_calls": (lambda v: _is_int(v) and (v == -1 or v >= 1), "an integer, 1 or more, or -1 for no limit"),
+    "checkpoint_every": (lambda v: _is_int(v) and v >= 1, "a number of calls, 1 or more"),
+    "checkpoint_interval_s": (lambda v: _is_amount(v) and v > 0, "a number of seconds, more than 0"),
 }
 METHOD: dict[str, tuple[Check, str]] = {
     "num_returns": TASK["num_returns"],
@@ -110,6 +112,29 @@ def check(given: Mapping[str, Any], known: Mapping[str, tuple[Check, str]], wher
         if value is not None and not accepts(value):
             raise ValueError(f"{where}({name}=...) must be {expected}, got {value!r}.")
     return {name: value for name, value in given.items() if value is not None}
+
+
+def is_exact(given: Mapping[str, Any]) -> bool:
+    """Whether these options of an actor ask for exact recovery."""
+    return "checkpoint_every" in given or "checkpoint_interval_s" in given
+
+
+def check_exact(given: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError for options of an actor that exact recovery cannot go with."""
+    if not is_exact(given):
+        return
+    asked = "checkpoint_every" if "checkpoint_every" in given else "checkpoint_interval_s"
+    if given.get("max_restarts") == 0:
+        raise ValueError(
+            f"{where}({asked}=..., max_restarts=0): checkpoints are there to make the actor again after a crash, and "
+            "max_restarts=0 forbids that. Leave max_restarts out (then it is -1, without end), or leave out the "
+            "checkpoints."
+        )
+    if given.get("max_concurrency", 1) > 1:
+        raise ValueError(
+            f"{where}({asked}=..., max_concurrency={given['max_concurrency']}): calls that run at the same time have "
+            "no order in which they could be replayed. Leave out one of the two."
+        )
 
 
 def nearest(name: str, known: Mapping[str, Any]) -> str:

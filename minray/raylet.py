@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import socket
 import threading
 from collections import deque
@@ -33,8 +32,9 @@ from minray.channel import Channel, frame
 from minray.loop import SPIN_S, WORTH_SPINNING_S, Waiter
 from minray.interrupts import interruptible, raise_deferred, uninterruptible
 from minray.messages import (
-    DRIVER, Command, DefineTemplate, DeleteFile, Event, HoldNext, KillWorker, ReferencesChanged, Reply, StartWorker,
-    TasksSubmitted, Ticked, Unpinned, Warn, WorkerDied, WorkerStarted, event_from_wire,
+    DRIVER, Command, DefineTemplate, DeleteFile, Event, GcsRecovered, GcsStalled, HoldNext, KillWorker,
+    ReferencesChanged, Reply, StartWorker, TasksSubmitted, Ticked, Unpinned, Warn, WorkerDied, WorkerStarted,
+    event_from_wire,
 )  # fmt: skip
 from minray.node import Node
 from minray.reference_counter import References
@@ -51,6 +51,14 @@ ROUSE_S = 0.05
 and waking for all of them took a sixth of its speed (measured)."""
 GCS_BACKLOG_BYTES = 8 << 20
 """While the GCS is that far behind, changes are merged in the tables instead of being sent."""
+GCS_PATIENCE_S = 0.5
+"""After it has not been able to write for so long, new work is refused."""
+GCS_TRIES_AGAIN = {
+    "disk_full": ("OutOfDiskError", "Make room there."),
+    "disk_io": ("OutOfDiskError", "Is that disk in order?"),
+    "locked": ("RaySystemError", "Another program has locked it: end that."),
+}
+"""Of the errors that gcs.py tells those that may pass: what new work becomes meanwhile, and what can be done."""
 GCS_ATTEMPTS = 5
 """A GCS process that dies more often without writing anything is not started again."""
 DEATH_NOTICE_S = 1.0
@@ -98,7 +106,11 @@ class Raylet:
         self._gcs_acked = 0
         self._gcs_frames: deque[tuple[int, bytes]] = deque()  # sent and not acknowledged
         self._gcs_deaths = 0  # since it last acknowledged something
+        self._gcs_stuck_s: float | None = None  # since when it has not been able to write all that it was sent
+        self._gcs_stalled = False  # and the node knows
+        self._gcs_fault = ""  # what it said last that was no acknowledgement: see gcs.py
         self.gcs_error = ""
+        self.flush_each = False  # rows leave before anybody learns what has happened: a killed driver loses none
         self.warning = ""  # for the user, once
         self.closed = False
         self.broken = ""  # why nothing can be run any more
@@ -152,6 +164,8 @@ class Raylet:
 
     def _after(self) -> None:
         """With the lock free: wake who was answered, and let a Ctrl-C that had to wait be felt."""
+        if self.flush_each and self._answers:
+            self.settle()  # Another thread may have answered just now, and be flushing.
         while self._answers:
             try:
                 waiter, answer = self._answers.popleft()
@@ -242,6 +256,9 @@ class Raylet:
         if wake_at is not None:
             wake_at -= clock.EPOCH
             deadline = wake_at if deadline is None or wake_at < deadline else deadline
+        if self._gcs_stuck_s is not None and not self._gcs_stalled:
+            until = self._gcs_stuck_s + GCS_PATIENCE_S
+            deadline = until if deadline is None or until < deadline else deadline
         for until in self._closing.values():
             deadline = until if deadline is None or until < deadline else deadline
         if deadline is None:
@@ -264,7 +281,7 @@ class Raylet:
                         os.read(self._wake_r, 4096)
                     self._awake = False  # When the byte has gone: or another's goes with it, and wake() is never heard.
                 elif kind == "gcs":
-                    self._take_from_gcs(mask)
+                    self._take_from_gcs(mask, now)
                 elif fd == self._zygote.sock.fileno():
                     self._take_from_zygote(now)
             if self.submitted or self._references.born or self._references.dropped or self._unpinned:
@@ -275,8 +292,12 @@ class Raylet:
                 self._do(self.node.handle(Ticked(executing=executing), now))
             if self._closing:
                 self._give_up_on_silent_deaths(now)
-            if self._flush_at is not None and monotonic() >= self._flush_at:
+            if self._gcs_stuck_s is not None:
+                self._mind_the_gcs(now)
+            if self._flush_at is not None and (self.flush_each or monotonic() >= self._flush_at):
                 self._flush(now)
+                if self.flush_each:
+                    self._push()
 
     def _take_from_worker(self, number: int, mask: int, now: float) -> None:
         channel = self._channels.get(number)
@@ -291,10 +312,12 @@ class Raylet:
             self._close_channel(number)
             self._closing[number] = monotonic() + DEATH_NOTICE_S
             return
-        if number in self.node.scheduler.workers:  # Else it was reported dead: nothing it says counts.
-            for messages in frames:
-                for message in messages:
-                    self._do(self.node.handle(event_from_wire(number, message), now))
+        self._hear(number, frames, now)
+
+    def _hear(self, number: int, frames: list[Any], now: float) -> None:
+        for messages in frames:
+            for message in messages:
+                self._do(self.node.handle(event_from_wire(number, message), now))
 
     def _take_from_zygote(self, now: float) -> None:
         notices = self._zygote.receive()
@@ -308,19 +331,16 @@ class Raylet:
             elif kind == "started":
                 self._do(self.node.handle(WorkerStarted(number, notice[2]), now))
             elif kind == "died" and number < 0:
-                self._gcs_died()
+                self._gcs_died(now)
             elif kind == "died":
-                channel = self._channels.get(number)
-                if channel is not None:  # What it sent before it died still counts.
-                    while (frames := channel.receive()) is not None and frames:
-                        if number in self.node.scheduler.workers:
-                            for messages in frames:
-                                for message in messages:
-                                    self._do(self.node.handle(event_from_wire(number, message), now))
                 self._worker_died(number, notice[2], now)
 
     def _worker_died(self, number: int, reason: str, now: float) -> None:
         self._closing.pop(number, None)
+        channel = self._channels.get(number)
+        if channel is not None:  # What it sent before it died still counts.
+            while frames := channel.receive():
+                self._hear(number, frames, now)
         self._close_channel(number)
         self._do(self.node.handle(WorkerDied(number, reason, self._running_task(number)), now))
 
@@ -331,10 +351,6 @@ class Raylet:
     def _zygote_died(self, now: float) -> None:
         """Its workers die with it.  Start another, and what was lost is run again."""
         self._epoll.unregister(self._zygote.sock.fileno())
-        for worker in self.node.scheduler.workers.values():
-            if worker.pid:
-                with suppress(ProcessLookupError, PermissionError):  # What its tasks have started.
-                    os.killpg(worker.pid, signal.SIGKILL)
         if not self._zygote.restart():
             self.broken = (
                 "minray cannot run anything: its zygote, from which workers are forked, dies each time that it is "
@@ -343,9 +359,11 @@ class Raylet:
             )
             return
         self._epoll.register(self._zygote.sock.fileno(), select.EPOLLIN)
-        for number in list(self._channels):
+        workers = self.node.scheduler.workers
+        # The idle ones first: else the node would give them what the others had in hand, and that lost more attempts.
+        for number in sorted(self._channels, key=lambda number: number in workers and bool(workers[number].in_flight)):
             self._worker_died(number, "was killed with the zygote, its parent", now)
-        self._gcs_died()
+        self._gcs_died(now)
 
     def _close_channel(self, number: int) -> None:
         channel = self._channels.pop(number, None)
@@ -430,7 +448,7 @@ class Raylet:
         for _, data in self._gcs_frames:
             self._gcs.send(data)
 
-    def _gcs_died(self) -> None:
+    def _gcs_died(self, now: float) -> None:
         """Start another, which gets what was not acknowledged; but not for ever if that is what kills it."""
         if self._gcs is None:
             return
@@ -440,15 +458,48 @@ class Raylet:
         self._gcs.close()
         self._gcs = None
         self._gcs_deaths += 1
-        if self._gcs_deaths <= GCS_ATTEMPTS:
+        if self._gcs_fault == "damaged":
+            self._give_up_gcs(f"the GCS's file is damaged: {self.gcs_error}", now)
+        elif self._gcs_deaths <= GCS_ATTEMPTS:
             self._start_gcs()
         else:
-            self._gcs_frames.clear()
             why = self.gcs_error or "see logs/gcs.log"
-            self.gcs_error = f"the GCS process died {self._gcs_deaths} times in a row ({why})"
-            self.warning = f"{self.gcs_error}. Tasks go on; their history is not written any more."
+            self._give_up_gcs(f"the GCS process died {self._gcs_deaths} times in a row ({why})", now)
 
-    def _take_from_gcs(self, mask: int) -> None:
+    def _give_up_gcs(self, why: str, now: float) -> None:
+        self._gcs_frames.clear()
+        self.gcs_error = why
+        self.warning = (
+            f"{why}. Tasks go on; their history is not written any more. `minray check` tells what the file still "
+            "holds, and what can be done."
+        )
+        if self._gcs_stalled:
+            self._do(self.node.handle(GcsRecovered(DRIVER), now))
+        self._gcs_stuck_s, self._gcs_stalled = None, False
+
+    def _mind_the_gcs(self, now: float) -> None:
+        """It has said that it cannot write.  Is it time to take in nothing new, or has it written everything?"""
+        if not self._gcs_fault:
+            if not self._gcs_frames:
+                self._flush(now)
+            if self._gcs_frames:
+                return
+            if self._gcs_stalled:
+                self.warning = "everything is written now, and new work is taken in again"
+                self._do(self.node.handle(GcsRecovered(DRIVER), now))
+            self._gcs_stuck_s, self._gcs_stalled = None, False
+        elif (
+            self._gcs_fault in GCS_TRIES_AGAIN
+            and not self._gcs_stalled
+            and monotonic() >= (self._gcs_stuck_s or 0.0) + GCS_PATIENCE_S
+        ):
+            self._gcs_stalled = True
+            error, advice = GCS_TRIES_AGAIN[self._gcs_fault]
+            why = f"the GCS cannot write: {self.gcs_error}. {advice}"
+            self.warning = f"{why} Until it can, new tasks and objects become errors ({error}); what runs goes on."
+            self._do(self.node.handle(GcsStalled(DRIVER, error, why), now))
+
+    def _take_from_gcs(self, mask: int, now: float) -> None:
         if self._gcs is None:
             return
         if mask & select.EPOLLOUT:
@@ -461,12 +512,14 @@ class Raylet:
                 return
             for message in messages:
                 if message[0] == "ack":
-                    self._gcs_acked = message[1]
-                    self.gcs_error, self._gcs_deaths = "", 0
+                    self._gcs_acked = max(self._gcs_acked, message[1])
+                    self.gcs_error, self._gcs_fault, self._gcs_deaths = "", "", 0
                     while self._gcs_frames and self._gcs_frames[0][0] <= message[1]:
                         self._gcs_frames.popleft()
                 else:
-                    self.gcs_error = message[3]
+                    _, _, self._gcs_fault, self.gcs_error = message
+                    if self._gcs_fault in GCS_TRIES_AGAIN and self._gcs_stuck_s is None:
+                        self._gcs_stuck_s = monotonic()
 
     def _flush(self, now: float) -> None:
         """Send what has changed to the GCS; again in FLUSH_S if it is too far behind to take it."""
@@ -475,6 +528,22 @@ class Raylet:
             return
         self._flush_at = None
         self.record(self.node.take_rows(now))
+
+    def _push(self) -> None:
+        """Wait until the kernel has what was sent: then it outlives this process.
+
+        But not for long: a GCS that cannot write takes nothing either."""
+        deadline = monotonic() + GCS_PATIENCE_S
+        while self._gcs is not None and self._gcs.backlog and not self._gcs_fault and monotonic() < deadline:
+            writable = select.poll()
+            writable.register(self._gcs.fd, select.POLLOUT)
+            writable.poll(100)
+            self._gcs.send_backlog()
+
+    def settle(self) -> None:
+        """Return when what was handled so far has also been flushed, if each is (see `flush_each`)."""
+        with self.lock:
+            pass
 
     def record(self, rows: dict[str, list[tuple[Any, ...]]]) -> None:
         if rows and self._gcs is not None:

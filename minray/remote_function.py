@@ -79,5 +79,14 @@ class RemoteFunction(Generic[R]):
     def _remote(self, args: Any = (), kwargs: Any = None, **given: Any) -> Any:
         return self.options(**given).remote(*(args or ()), **(kwargs or {}))
 
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        """A node of a graph that is run later: see `minray.dag`."""
+        from minray.dag import FunctionNode
+
+        return FunctionNode(self, args, kwargs)
+
+    def __minray_counts__(self) -> Any:
+        return (self._function, self._num_returns)  # For code_digest.py: other options change no result.
+
     def __reduce__(self) -> Any:
         return (RemoteFunction, (self._function, self._options))

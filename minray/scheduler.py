@@ -44,6 +44,8 @@ IDLE_WORKER_S = 2.0
 class Client:
     """A process that talks to the node: the driver or a worker."""
 
+    actor: Actor | None = None  # that lives in it
+
     def __init__(self, client: int) -> None:
         self.client = client
         self.templates: dict[int, Template] = {}  # by the process's own numbers
@@ -63,8 +65,8 @@ class WorkerRecord(Client):
         self.asked_s = 0.0  # when it was asked for tasks and has not been heard since; 0: it has
         self.held_s = 0.0  # when it was marked to start nothing more; 0: it is not
         self.forgets = 0  # how many times tasks were given to others without its word
+        self.forgotten: dict[bytes, int] = {}  # those tasks, and which time that was, until it has read of it
         self.progressed_s = 0.0  # when it last finished or was given a first task
-        self.actor: Actor | None = None
         self.gpu_ids: tuple[int, ...] = ()
         self.assigned: Resources | None = None  # what it was last told of its resources
         self.known: set[int] = set()  # templates that it has been told

@@ -19,6 +19,8 @@ How the tables are laid out, and why:
   you count microseconds: ``minray sql "select name, state from task_view"``.
 * ``no`` numbers rows in the order in which the node met them; the node chooses it.
 * What calls of one function share stands once, in ``options`` and ``functions``.
+* The last column of every table is a checksum of the others (see `minray.checksum`): SQLite
+  does not notice a flipped byte in a row.  ``minray check`` compares them.
 
 Left out: foreign keys (they cost a lookup a row; rows of one batch come in any order)
 and STRICT tables (SQLite before 3.37 cannot read them).
@@ -32,8 +34,11 @@ from typing import NamedTuple
 
 from minray.task_spec import ACTOR_STATES, LOCATIONS, OBJECT_STATES, TASK_STATES, WORKER_STATES
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Stands in the file as ``PRAGMA user_version``; raise it when a table changes."""
+
+STORAGE_VERSION = 1
+"""Likewise in the storage of durable jobs."""
 
 SQL_FILE = Path(__file__).with_name("schema.sql")
 
@@ -79,7 +84,7 @@ TABLES: dict[str, Table] = {
             attempt=(int, "How often it was started before: 0 at first, 1 after one retry."),
             worker_no=(int, "The worker that it was last given to; NULL until then."),
             submitted_us=(int, "When the node took it in."),
-            started_us=(int, "When the last attempt began to run; NULL if none did."),
+            started_us=(int, "When the last attempt began to run; NULL if none did (or an earlier run of its job)."),
             finished_us=(int, "When it finished or failed; NULL until then."),
             args=(bytes, "Its pickled arguments, for replay; NULL if there are none."),
             deps=(bytes, "IDs of the objects that it waits for and is given, 16 bytes each, joined."),
@@ -129,6 +134,8 @@ TABLES: dict[str, Table] = {
             created_us=(int, "When it was asked for."),
             died_us=(int, "When it died for good; NULL while it lives."),
             death_cause=(str, "Why it died, in one line."),
+            checkpoints=(int, "How often its state was saved; NULL if it did not ask for exact recovery."),
+            unrecoverable=(str, "Why it has lost its exact recovery, in one line; NULL otherwise."),
         ),
     ),
     "workers": Table(
@@ -219,6 +226,63 @@ TABLES: dict[str, Table] = {
     ),
 }
 
+for _table in TABLES.values():
+    _table.columns["checksum"] = Column(int, "Of all columns before: see checksum.py.  The GCS computes it.")
+
+STORAGE_TABLES: dict[str, Table] = {
+    "jobs": Table(
+        "One row for each durable job: `minray.init(job=name, storage=this_file)`.",
+        _columns(
+            no=(int, "What runs.job_no and results.job_no point to."),
+            name=(str, "Name of the job."),
+            created_us=(int, "When its first run began."),
+        ),
+    ),
+    "runs": Table(
+        "One row for each run of a job's script.",
+        _columns(
+            no=(int, "Number of the run in this file."),
+            job_no=(int, "The job."),
+            root_id=(bytes, "ID of the driver's task in that run; in its session it is the job's ID."),
+            state=(int, "Index into JOB_STATES; FAILED if its driver was killed."),
+            pid=(int, "The driver's process."),
+            host=(str, "Name of the driver's host."),
+            session=(str, "Directory of its session while it ran."),
+            entrypoint=(str, "The driver's command line."),
+            minray_version=(str, "Version of minray."),
+            python_version=(str, "Version of Python."),
+            started_us=(int, "When init() was called."),
+            finished_us=(int, "When it ended; NULL until then."),
+            known=(int, "How many results of earlier runs it found."),
+            reused=(int, "How many of them it used instead of running a task; NULL if it was killed."),
+            ran=(int, "How many tasks it ran; NULL if it was killed."),
+        ),
+    ),
+    "results": Table(
+        "One row for each object that is kept: what tasks returned, and what was put and is contained in that.",
+        _columns(
+            object_id=(bytes, "Its ID in the run that made it; of one that was put, a hash of what it contains."),
+            place=(bytes, "Where in the program its task stands; see node_durable.py."),
+            version=(bytes, "Hash of its task's code and of what that was given; NULL if it was put."),
+            data=(bytes, "The pickled value, if it is small."),
+            file=(str, "Else the name of its file in <storage>.objects/<job>."),
+            size_bytes=(int, "Its size when flat."),
+            nested=(bytes, "The objects that it contains: pairs of the ID that it has for one, and its object_id."),
+            name=(str, "The task's name."),
+            num_returns=(int, "How many objects its task returned."),
+            started_us=(int, "When its task began to run."),
+            finished_us=(int, "When its task finished."),
+            actor=(bytes, "Of an actor's call, and of a checkpoint: the actor, as the object_id of its creation."),
+            after=(bytes, "The call that the actor executed before this one, or last before the checkpoint."),
+            job_no=(int, "The job."),
+            run_no=(int, "The run that made it."),
+            checksum=(int, "Of all columns before: see checksum.py.  A row that does not match it is not used."),
+        ),
+        key="object_id",
+    ),
+}
+"""The storage of durable jobs: a file of its own (job_storage.py), of which nothing is ever deleted to save room."""
+
 
 def _name(column: str, names: Sequence[str]) -> str:
     return f"CASE {column} " + " ".join(f"WHEN {i} THEN '{name}'" for i, name in enumerate(names)) + " END"
@@ -258,11 +322,12 @@ FROM tasks t LEFT JOIN options o ON o.no = t.options_no LEFT JOIN functions f ON
         f"""SELECT a.no, {_hex("a.actor_id")} actor_id, a.class_name, {_name("a.state", ACTOR_STATES)} state,
   {_JOB} job_id, a.name, {_NODE} node_id, a.pid, a.namespace ray_namespace, a.restarts num_restarts,
   a.max_restarts, a.detached is_detached, a.death_cause, o.resources required_resources,
-  {_hex("w.worker_id")} worker_id, a.created_us / 1000 start_time_ms, a.died_us / 1000 end_time_ms
+  {_hex("w.worker_id")} worker_id, a.created_us / 1000 start_time_ms, a.died_us / 1000 end_time_ms,
+  a.checkpoints, a.unrecoverable
 FROM actors a LEFT JOIN options o ON o.no = a.options_no LEFT JOIN workers w ON w.no = a.worker_no""",
         (
             *("num_restarts", "max_restarts", "is_detached", "death_cause", "required_resources"),
-            *("worker_id", "start_time_ms", "end_time_ms"),
+            *("worker_id", "start_time_ms", "end_time_ms", "checkpoints", "unrecoverable"),
         ),
     ),
     "worker_view": View(
@@ -336,18 +401,25 @@ def build() -> str:
     )
 
 
+def _columns_of(table: Table) -> Iterator[str]:
+    width = max(map(len, table.columns))
+    for column, about in table.columns.items():
+        kind = {int: "INTEGER", str: "TEXT", bytes: "BLOB"}[about.type]
+        yield f"  {column:{width}}  {kind:7}  {about.meaning}"
+    yield ""
+
+
 def documentation() -> Iterator[str]:
     """The lines that ``minray schema`` prints."""
     for name, table in TABLES.items():
         yield f"table {name}: {table.meaning}"
-        width = max(map(len, table.columns))
-        for column, about in table.columns.items():
-            kind = {int: "INTEGER", str: "TEXT", bytes: "BLOB"}[about.type]
-            yield f"  {column:{width}}  {kind:7}  {about.meaning}"
-        yield ""
+        yield from _columns_of(table)
     for name, view in VIEWS.items():
         yield f"view {name}: {view.meaning}"
     yield ""
+    for name, table in STORAGE_TABLES.items():
+        yield f"storage of durable jobs, table {name}: {table.meaning}"
+        yield from _columns_of(table)
     for name, names in {
         "TASK_STATES": TASK_STATES,
         "ACTOR_STATES": ACTOR_STATES,

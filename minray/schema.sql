@@ -14,7 +14,8 @@ CREATE TABLE "tasks" (
    "args" BLOB,
    "deps" BLOB,
    "result_bytes" INTEGER,
-   "error" TEXT
+   "error" TEXT,
+   "checksum" INTEGER
 );
 CREATE TABLE "options" (
    "no" INTEGER PRIMARY KEY,
@@ -24,7 +25,8 @@ CREATE TABLE "options" (
    "num_returns" INTEGER,
    "resources" TEXT,
    "max_retries" INTEGER,
-   "other" TEXT
+   "other" TEXT,
+   "checksum" INTEGER
 );
 CREATE TABLE "functions" (
    "no" INTEGER PRIMARY KEY,
@@ -32,7 +34,8 @@ CREATE TABLE "functions" (
    "name" TEXT,
    "module" TEXT,
    "pickled" BLOB,
-   "source" TEXT
+   "source" TEXT,
+   "checksum" INTEGER
 );
 CREATE TABLE "actors" (
    "no" INTEGER PRIMARY KEY,
@@ -49,7 +52,10 @@ CREATE TABLE "actors" (
    "detached" INTEGER,
    "created_us" INTEGER,
    "died_us" INTEGER,
-   "death_cause" TEXT
+   "death_cause" TEXT,
+   "checkpoints" INTEGER,
+   "unrecoverable" TEXT,
+   "checksum" INTEGER
 );
 CREATE TABLE "workers" (
    "no" INTEGER PRIMARY KEY,
@@ -59,7 +65,8 @@ CREATE TABLE "workers" (
    "started_us" INTEGER,
    "died_us" INTEGER,
    "exit_reason" TEXT,
-   "actor_no" INTEGER
+   "actor_no" INTEGER,
+   "checksum" INTEGER
 );
 CREATE TABLE "objects" (
    "no" INTEGER PRIMARY KEY,
@@ -69,7 +76,8 @@ CREATE TABLE "objects" (
    "size_bytes" INTEGER,
    "location" INTEGER,
    "created_us" INTEGER,
-   "freed_us" INTEGER
+   "freed_us" INTEGER,
+   "checksum" INTEGER
 );
 CREATE TABLE "jobs" (
    "no" INTEGER PRIMARY KEY,
@@ -83,7 +91,8 @@ CREATE TABLE "jobs" (
    "minray_version" TEXT,
    "python_version" TEXT,
    "namespace" TEXT,
-   "resources" TEXT
+   "resources" TEXT,
+   "checksum" INTEGER
 );
 CREATE TABLE "nodes" (
    "no" INTEGER PRIMARY KEY,
@@ -91,14 +100,16 @@ CREATE TABLE "nodes" (
    "host" TEXT,
    "state" INTEGER,
    "resources" TEXT,
-   "object_store_bytes" INTEGER
+   "object_store_bytes" INTEGER,
+   "checksum" INTEGER
 );
 CREATE TABLE "events" (
    "no" INTEGER PRIMARY KEY,
    "time_us" INTEGER,
    "kind" TEXT,
    "subject" TEXT,
-   "message" TEXT
+   "message" TEXT,
+   "checksum" INTEGER
 );
 CREATE TABLE "task_totals" (
    "options_no" INTEGER,
@@ -106,6 +117,7 @@ CREATE TABLE "task_totals" (
    "tasks" INTEGER,
    "run_us" INTEGER,
    "longest_us" INTEGER,
+   "checksum" INTEGER,
    PRIMARY KEY ("options_no", "state")
 );
 CREATE TABLE "object_totals" (
@@ -113,6 +125,7 @@ CREATE TABLE "object_totals" (
    "state" INTEGER,
    "objects" INTEGER,
    "size_bytes" INTEGER,
+   "checksum" INTEGER,
    PRIMARY KEY ("location", "state")
 );
 CREATE VIEW "task_view" AS SELECT t.no, nullif(lower(hex(t.task_id)), '') task_id, t.attempt attempt_number, o.name,
@@ -130,7 +143,8 @@ FROM tasks t LEFT JOIN options o ON o.no = t.options_no LEFT JOIN functions f ON
 CREATE VIEW "actor_view" AS SELECT a.no, nullif(lower(hex(a.actor_id)), '') actor_id, a.class_name, CASE a.state WHEN 0 THEN 'DEPENDENCIES_UNREADY' WHEN 1 THEN 'PENDING_CREATION' WHEN 2 THEN 'ALIVE' WHEN 3 THEN 'RESTARTING' WHEN 4 THEN 'DEAD' END state,
   (SELECT nullif(lower(hex(job_id)), '') FROM jobs LIMIT 1) job_id, a.name, (SELECT nullif(lower(hex(node_id)), '') FROM nodes LIMIT 1) node_id, a.pid, a.namespace ray_namespace, a.restarts num_restarts,
   a.max_restarts, a.detached is_detached, a.death_cause, o.resources required_resources,
-  nullif(lower(hex(w.worker_id)), '') worker_id, a.created_us / 1000 start_time_ms, a.died_us / 1000 end_time_ms
+  nullif(lower(hex(w.worker_id)), '') worker_id, a.created_us / 1000 start_time_ms, a.died_us / 1000 end_time_ms,
+  a.checkpoints, a.unrecoverable
 FROM actors a LEFT JOIN options o ON o.no = a.options_no LEFT JOIN workers w ON w.no = a.worker_no;
 CREATE VIEW "worker_view" AS SELECT w.no, nullif(lower(hex(w.worker_id)), '') worker_id, w.state != 2 is_alive,
   'WORKER' worker_type, CASE w.state WHEN 0 THEN 'STARTING' WHEN 1 THEN 'ALIVE' WHEN 2 THEN 'DEAD' END state, (SELECT nullif(lower(hex(node_id)), '') FROM nodes LIMIT 1) node_id,
@@ -158,4 +172,4 @@ FROM (SELECT options_no, state, count(*) tasks, sum(finished_us - started_us) ru
   UNION ALL SELECT options_no, state, tasks, run_us, longest_us FROM task_totals) c
   LEFT JOIN options o ON o.no = c.options_no LEFT JOIN functions f ON f.no = o.function_no
 GROUP BY 1, 2, 3;
-PRAGMA user_version = 1;
+PRAGMA user_version = 2;

@@ -36,7 +36,7 @@ import struct
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple, TextIO
@@ -202,6 +202,24 @@ def deregister_serializer(cls: type) -> None:
         _reducers[cls] = _cloudpickle_reducers[cls]
 
 
+@contextmanager
+def substituted(cls: type, reducer: _Reducer) -> Iterator[None]:
+    """Meanwhile instances of exactly `cls` are pickled by `reducer`, in this process."""
+    outer = _reducers.get(cls)
+    _reducers[cls] = reducer
+    try:
+        yield
+    finally:
+        del _reducers[cls]
+        if outer is not None:
+            _reducers[cls] = outer
+
+
+def reducer_of(cls: type) -> _Reducer | None:
+    """How instances of exactly `cls` are pickled, if not in their own way."""
+    return _reducers.get(cls)
+
+
 # --- by name or by value ----------------------------------------------------------------
 
 _importable: dict[str, bool] = {"__main__": False}
@@ -245,20 +263,20 @@ def _is_found(name: str) -> bool:
     if parent and not worker_can_import(parent):
         return False
     file = getattr(sys.modules.get(name), "__file__", None)
-    spec = _find_spec(name)
+    spec = find_spec(name)
     if spec is None:  # Without a file, a submodule was made by its parent and will be again (six.moves).
         return bool(parent) and file is None
     return file is None or spec.origin is None or _same_file(spec.origin, file)
 
 
-def _find_spec(name: str) -> Any:
+def find_spec(name: str) -> Any:
     """What an import of `name` would load, without importing anything and without ``sys.modules``' word."""
     parent, _, _ = name.rpartition(".")
     path = None
     if parent:
         path = getattr(sys.modules.get(parent), "__path__", None)
         if path is None:
-            path = getattr(_find_spec(parent), "submodule_search_locations", None)
+            path = getattr(find_spec(parent), "submodule_search_locations", None)
         if path is None:
             return None
     specs = (finder.find_spec(name, path) for finder in sys.meta_path if hasattr(finder, "find_spec"))
@@ -356,8 +374,9 @@ def to_bytes(serialized: Serialized) -> bytes:
     return b"".join(flat_chunks(serialized)) if serialized.buffers else serialized.data
 
 
-def deserialize(data: bytes | memoryview) -> Any:
-    """The value back; its arrays are read-only windows on `data`, which lives as long as they do.
+def deserialize(data: bytes | bytearray | memoryview, writable: bool = False) -> Any:
+    """The value back; its arrays are windows on `data`, which lives as long as they do: read-only ones, unless
+    it is the caller's alone and `writable`.
 
     Raises whatever the value's own code raises, and UnpicklingError for bytes of another format.
     """
@@ -365,7 +384,7 @@ def deserialize(data: bytes | memoryview) -> Any:
         return _loads(data)
     if data[0] != BUFFERED:
         raise pickle.UnpicklingError(f"bytes that begin with {data[0]:#04x} are not a minray object")
-    view = memoryview(data).toreadonly()
+    view = memoryview(data) if writable else memoryview(data).toreadonly()
     _, count, pickle_size = _HEADER.unpack_from(view)
     sizes = struct.unpack_from(f"<{count}Q", view, _HEADER.size)
     start = _HEADER.size + 8 * count

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import time
 from contextlib import suppress
@@ -33,6 +34,8 @@ from typing import Any
 
 KEEP_FINISHED = 10
 LIVE, FINISHED = "live", "finished"
+MARK = "MINRAY_SESSION"
+"""In the environment of a zygote, and of all that comes from it: the path of its live session."""
 
 BEING_MADE_S = 60
 """A live directory without a readable session.json is younger than this while its driver is making it."""
@@ -145,6 +148,19 @@ def _remove(directory: str) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+def end_processes(path: str) -> None:
+    """Kills what a session's zygote has left that was itself killed: such processes have the session's path in their
+    environment, wherever they have gone.  (What a task has started with another environment is not found.)"""
+    mark = f"{MARK}={path}".encode()
+    with suppress(FileNotFoundError):  # No /proc.
+        for name in os.listdir("/proc"):
+            if name.isdecimal() and int(name) != os.getpid():
+                with suppress(OSError):  # Another user's, or ended meanwhile.
+                    with open(f"/proc/{name}/environ", "rb") as file:
+                        if mark in file.read().split(b"\0"):
+                            os.kill(int(name), signal.SIGKILL)
+
+
 def sweep(root: str | None = None) -> list[str]:
     """Finishes the live sessions whose driver and zygote are both dead; returns the names of those."""
     root = open_root(root)
@@ -157,6 +173,8 @@ def sweep(root: str | None = None) -> list[str]:
                 if abs(time.time() - os.stat(path).st_mtime) > BEING_MADE_S:
                     swept.append(os.path.basename(finish_session(path, None)))
         elif not _may_live(facts, here):
+            if facts["boot_id"] == here["boot_id"]:
+                end_processes(path)
             swept.append(os.path.basename(finish_session(path, facts["arena"])))
     return swept
 

@@ -38,6 +38,8 @@ def story(id: str, address: str | None = None, timeout: float = 30) -> list[Row]
             rows = list(_story_of_object(about))
             if maker := find(database, "task_view", "task_id", about["task_id"]):
                 rows += _story_of_task(database, maker)
+            else:  # The driver has put it.
+                rows += _events(database, about["object_id"])
         elif about := find(database, "worker_view", "worker_id", id):
             rows = list(_story_of_worker(database, about))
         elif "." in id:  # A small result has no row of its own; its task has.
@@ -148,7 +150,7 @@ def _story_of_task(database: sqlite3.Connection, about: Row) -> list[Row]:
         ).fetchone()
         origin = "put" if ids.is_put(object_id) else f"a result of {maker[0]}()" if maker else "a result"
         rows.append(_entry(None, "argument", f"takes object {ids.short(object_id)}, {origin}"))
-    rows += _events(database, about["task_id"])
+    rows += _events(database, about["task_id"], with_objects=True)
     if about["actor_id"]:  # What befell its actor meanwhile.
         until = finished_us or time.time_ns() // 1000
         rows += [row for row in _events(database, about["actor_id"]) if submitted_us <= row["time_us"] <= until]
@@ -172,11 +174,19 @@ def _story_of_task(database: sqlite3.Connection, about: Row) -> list[Row]:
         (no,),
     ):
         rows.append(_entry(None, "children", f"submitted {count} x {name}(), now {state}"))
+    for name, state, count in database.execute(
+        "SELECT name, state, count(*) FROM task_view WHERE no IN (SELECT no FROM tasks WHERE instr(deps, ?))"
+        " GROUP BY 1, 2",
+        (bytes.fromhex(about["task_id"])[:12],),  # What it returned or put, whichever that is.
+    ):
+        rows.append(_entry(None, "taken", f"what it made is waited for by {count} x {name}(), now {state}"))
     if finished_us:
         ran = f" after {about['run_us'] / 1000:.3f} ms" if about["run_us"] is not None else ""
         made = f", {about['result_bytes']} bytes of results" if about["result_bytes"] is not None else ""
         failed = about["state"] == "FAILED"
         text = f"failed{ran}: {about['error_message']}" if failed else f"finished{ran}{made}"
+        if not failed and not started_us:
+            text += ", not run: an earlier run of the job had finished it"
         rows.append(_entry(finished_us, about["state"].lower(), text))
     else:
         waits = ""
@@ -219,6 +229,7 @@ def _story_of_worker(database: sqlite3.Connection, about: Row) -> Iterator[Row]:
         (about["no"],),
     ):
         yield _entry(None, "tasks", f"was given {count} x {name}(), now {state}")
+    yield from (row for row in _events(database, about["worker_id"]) if row["kind"] != "worker_died")
     if about["end_time_ms"]:
         yield _entry(about["end_time_ms"] * 1000, "dead", f"died: {about['exit_detail']}")
 
@@ -231,6 +242,21 @@ def _story_of_object(about: Row) -> Iterator[Row]:
         yield _entry(about["end_time_ms"] * 1000, "freed", f"is {about['state']}: nothing needs it any more")
 
 
-def _events(database: sqlite3.Connection, subject: str) -> list[Row]:
-    query = "SELECT time_us, kind, message FROM events WHERE subject = ? ORDER BY no"
-    return [_entry(at, kind, text) for at, kind, text in database.execute(query, (subject,))]
+_OF_OBJECTS = {
+    "object_lost": "object {id} was lost: {message}",
+    "object_not_rebuilt": "object {id} cannot be made again: {message}",
+}
+"""Events whose subject is an object, in the story of the task that made it."""
+
+
+def _events(database: sqlite3.Connection, subject: str, with_objects: bool = False) -> list[Row]:
+    """`with_objects`: those of what the task `subject` returned or put, too."""
+    query = "SELECT time_us, kind, message, subject FROM events WHERE "
+    if with_objects:
+        found = database.execute(query + "substr(subject, 1, 24) = ? ORDER BY no", (subject[:24],))
+    else:
+        found = database.execute(query + "subject = ? ORDER BY no", (subject,))
+    return [
+        _entry(at, kind, _OF_OBJECTS.get(kind, "{message}").format(id=short_id(about), message=message))
+        for at, kind, message, about in found
+    ]

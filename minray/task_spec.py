@@ -58,6 +58,8 @@ class TaskOptions(NamedTuple):
     retry_exceptions: bytes | bool = False  # True, or a pickled tuple of exception classes
     max_concurrency: int = 1  # threads of an actor
     interface: bytes = b""  # of an actor: the pickled `actor.Interface` that a handle to it needs
+    checkpoint_every: int = 0  # calls of an actor; 0: not by number
+    checkpoint_interval_s: float = 0.0  # 0: not by time
 
 
 class ActorOptions(NamedTuple):
@@ -73,7 +75,7 @@ class ActorOptions(NamedTuple):
 class TaskSpec:
     """The description of one task.  Immutable once submitted."""
 
-    __slots__ = ("task_id", "template_no", "args", "deps", "nested", "actor_id", "actor")
+    __slots__ = ("task_id", "template_no", "args", "deps", "nested", "actor_id", "actor", "digest")
 
     def __init__(
         self,
@@ -84,6 +86,7 @@ class TaskSpec:
         nested: tuple[bytes, ...] = (),
         actor_id: bytes | None = None,
         actor: ActorOptions | None = None,
+        digest: bytes = b"",
     ) -> None:
         self.task_id = task_id
         self.template_no = template_no  # of the TaskOptions, as the submitting process numbers them
@@ -92,6 +95,9 @@ class TaskSpec:
         self.nested = nested  # objects that the arguments contain: kept alive, passed as refs
         self.actor_id = actor_id  # of the actor whose method this is
         self.actor = actor  # for an actor's creation
+        self.digest = digest  # of its name and arguments, and of its code: in durable jobs (see code_digest.Digester)
 
     def to_wire(self) -> tuple[object, ...]:
-        return (self.task_id, self.template_no, self.args, self.deps, self.nested, self.actor_id, self.actor)
+        return (
+            self.task_id, self.template_no, self.args, self.deps, self.nested, self.actor_id, self.actor, self.digest,
+        )  # fmt: skip

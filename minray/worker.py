@@ -39,13 +39,14 @@ from typing import Any
 from minray import api, ids, object_ref
 from minray.clock import EPOCH
 from minray.channel import RECEIVE_BYTES, FrameReader, frame
+from minray.checkpoint import Checkpoints
 from minray.core_worker import CoreWorker, Resolved, TaskContext, ValueLost, unpickle_classes
 from minray.exceptions import (
-    ActorDiedError, GetTimeoutError, make_argument_error, make_task_error,
+    ActorDiedError, CheckpointError, GetTimeoutError, ObjectStoreFullError, make_argument_error, make_task_error,
 )  # fmt: skip
 from minray.interrupts import interrupt, raise_deferred, uninterruptible
 from minray.loop import SPIN_S, WORTH_SPINNING_S, Loop, Waiter
-from minray.messages import ArgumentLost, Event, ObjectsAwaited
+from minray.messages import ArgumentLost, CheckpointFailed, Event, ObjectsAwaited
 from minray.object_ref import ObjectRef
 from minray.object_store import Arena
 from minray.output_labels import LabelledFile
@@ -89,6 +90,10 @@ class Worker(CoreWorker):
         self.config = config
         self.job_id = config["job_id"]
         self.namespace = config["namespace"]
+        if config["job"] is not None:
+            from minray.code_digest import Digester
+
+            self.digester = Digester()
         high = fcntl.fcntl(sock.fileno(), fcntl.F_DUPFD_CLOEXEC, OWN_FDS_FROM)
         sock.close()
         self.sock = socket.socket(fileno=high)
@@ -137,6 +142,10 @@ class Worker(CoreWorker):
         self._over = False  # The actor has ended itself: nothing more is run.
         self._forked = False
         self.reconstructed = False
+        self._run_one = self._execute  # another one for an actor with exact recovery, so that others pay nothing
+        self._checkpoints: Checkpoints | None = None
+        self._saving = False
+        self._restore_from: tuple[int, Any] | None = None  # its number, and the checkpoint as it was fetched
         sys.stdout = sys.__stdout__ = _labelled(1, self)  # type: ignore[misc]
         sys.stderr = sys.__stderr__ = _labelled(2, self)  # type: ignore[misc]
         self.surroundings = Surroundings(self._on_interrupt)
@@ -174,7 +183,7 @@ class Worker(CoreWorker):
                     continue
                 if self._dropped is task:
                     continue
-                self._execute(task, self._context)
+                self._run_one(task, self._context)
                 # The next may be long: send, unless it is known to be short and the last frame is young.
                 # A result that waits is lost with this process, and its task runs again: both must allow it.
                 if not (queue and queue[0][4] and task[4] and monotonic() - self._sent_s < HOLD_S):
@@ -292,9 +301,73 @@ class Worker(CoreWorker):
     def _construct(self, cls: Any, options: TaskOptions, args: Any, kwargs: Any) -> None:
         self.actor_id = self._context.task_id
         self.actor_options = options
-        self.actor = cls(*args, **kwargs)
+        if options.checkpoint_every or options.checkpoint_interval_s:
+            self._checkpoints = Checkpoints(cls, options)
+            self._run_one = self._execute_and_save
+            self.actor = self._restored(lambda: cls(*args, **kwargs))
+        else:
+            self.actor = cls(*args, **kwargs)
         if options.max_concurrency > 1:
             self._threads = ThreadPoolExecutor(options.max_concurrency, thread_name_prefix="minray-actor")
+
+    # ------------------------------------------------------------ exact recovery
+
+    def _restored(self, construct: Callable[[], Any]) -> Any:
+        """The actor as its last instance was at the last checkpoint, or a new one."""
+        checkpoints, source = self._checkpoints, self._restore_from
+        if checkpoints is None or source is None:
+            return construct()
+        checkpoints.number, (data, size, is_error, object_id) = source
+        self._restore_from = None
+        try:
+            flat = data if type(data) is bytes else self.view(object_id, data, size)
+        except ValueLost as lost:
+            raise CheckpointError(f"its checkpoint {checkpoints.number} is lost: {lost.reason}") from None
+        if is_error:
+            raise deserialize(flat)
+        return checkpoints.restore(construct, flat)
+
+    def _execute_and_save(self, task: tuple[Any, ...], context: TaskContext) -> None:
+        self._execute(task, context)
+        checkpoints = self._checkpoints
+        if checkpoints is not None and not self._over and checkpoints.is_due():
+            self._save(checkpoints)
+            checkpoints.restart()
+
+    def _save(self, checkpoints: Checkpoints) -> None:
+        """One frame, in this order: the results that the node does not have yet, then the state that they are in."""
+        object_id = ids.checkpoint_id(self.actor_id or b"", checkpoints.number + 1)
+        self._saving = True
+        try:
+            serialized = checkpoints.capture(self.actor)
+            value = self.store(object_id, serialized)
+        except ObjectStoreFullError as full:
+            self.send_now(CheckpointFailed(self.client, object_id, str(full), False))
+            return
+        except BaseException as error:  # noqa: B036  (the state's own code may raise anything)
+            self._checkpoints = None
+            self.send_now(CheckpointFailed(self.client, object_id, _story(error), True))
+            return
+        finally:
+            self._saving = False
+        checkpoints.number += 1
+        with self._out_lock:
+            self._collect_specs()
+            results = [self._results.popleft() for _ in range(len(self._results))]
+            if results:
+                self._out.append(("TasksFinished", results))
+            self._out.append(("CheckpointTaken", object_id, value, not checkpoints.own_way))
+            self._flush()
+
+    def ask(self, make: Callable[[int], Event]) -> Any:
+        """While its state is saved an actor may come to its end, and then the node answers no more."""
+
+        def make_unless_exiting(request_id: int) -> Event:
+            if self._exiting:  # Looked at when the answer is awaited already: if not here, _on_ExitWorker ends that.
+                raise ActorExit("it ended while its state was saved")
+            return make(request_id)
+
+        return super().ask(make_unless_exiting if self._saving else make)
 
     def _arguments(self, args: bytes, values: list[Any] | None) -> tuple[Any, dict[str, Any]]:
         """Unpickle, and put the values of dependencies in their places."""
@@ -373,8 +446,11 @@ class Worker(CoreWorker):
         text = _one_line(error)
         if options.kind == ACTOR_CREATION:
             name = options.name.removesuffix(".__init__")
+            what = "its constructor failed. No call was run."
+            if self.reconstructed:
+                what = "its worker had died, and it could not be made again."
             wrapped = ActorDiedError(
-                f"actor {name} [{ids.short(task_id)}] is dead: its constructor failed. No call was run.\n{wrapped}",
+                f"actor {name} [{ids.short(task_id)}] is dead: {what}\n{wrapped}",
                 actor_id=task_id.hex(),
                 actor_init_failed=True,
                 cause=wrapped,
@@ -554,6 +630,9 @@ class Worker(CoreWorker):
     def _on_MarkReconstructed(self) -> None:
         self.reconstructed = True
 
+    def _on_RestoreActor(self, number: int, checkpoint: Any) -> None:
+        self._restore_from = (number, checkpoint)
+
     def _on_TakeBack(self, count: int) -> None:
         taken: list[bytes] = []
         while len(taken) < count:
@@ -588,11 +667,7 @@ class Worker(CoreWorker):
             if task[0] == task_id:
                 with suppress(ValueError):
                     self.queue.remove(task)
-                    self.unpin_unread(task[3] or ())
-                    now = EPOCH + monotonic()
-                    with self._out_lock:
-                        self._results.append((task_id, CANCELLED, (b"", "cancelled"), now, now))
-                        self._flush()
+                    self._give_back([task_id])  # Not as a result: it may have been given to others, see TasksReturned.
                     return
         self._cancelled.add(task_id)
         if self._executing == task_id and self.actor is None:
@@ -607,6 +682,9 @@ class Worker(CoreWorker):
 
     def _on_ExitWorker(self) -> None:
         self._exiting = True
+        if self._saving:
+            for request_id in list(self._requests):
+                self._on_Reply(request_id, ("exit",))
         if self._idle:
             self._work.set()
 
@@ -683,6 +761,11 @@ def _one_line(error: BaseException) -> str:
     except Exception:  # Its class may do as it likes.
         said = "its message cannot be shown"
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def _story(error: BaseException) -> str:
+    """What it says, with its class if that is not minray's own."""
+    return str(error) if isinstance(error, CheckpointError) else _one_line(error)
 
 
 def main(sock: socket.socket, config: dict[str, Any], number: int, path: list[str], directory: str) -> None:

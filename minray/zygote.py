@@ -67,6 +67,7 @@ class ZygoteClient:
         code = f"import sys; sys.path[:] = {path!r}; from minray.zygote import main; main({fd})"
         environment = {key: value for key, value in os.environ.items()}
         environment.setdefault("OMP_NUM_THREADS", "1")
+        environment[session.MARK] = self._config["session"]
         self._process = subprocess.Popen(
             [sys.executable or "python3", "-c", code],
             pass_fds=[fd],
@@ -86,6 +87,7 @@ class ZygoteClient:
         self.sock.close()
         self._process.kill()
         self._process.wait()
+        session.end_processes(self._config["session"])  # Workers die with it; what their tasks have started does not.
         self._deaths_in_silence += 1
         if self._deaths_in_silence > 2:
             return False
@@ -211,6 +213,7 @@ class Zygote:
         self.pipes: dict[int, tuple[_Child, str]] = {}  # read ends of their stdout and stderr
         self.backlog: list[tuple[Any, ...]] = []
         self.poll = select.poll()
+        self.gcs_was_killed = False  # and its file is not ended
         self.wake_r = -1  # a byte comes for each ended child
         self.driver_fd = -1  # readable when the driver has ended; -1 where there is no such thing
 
@@ -300,6 +303,8 @@ class Zygote:
         os.close(out_w)
         os.close(err_w)
         child = self.children[pid] = _Child(number, pid)
+        if number == GCS:
+            self.gcs_was_killed = False
         self._log(child, b"")  # Error messages name the file: it is there even if nothing was said.
         for end, stream in ((out_r, "stdout"), (err_r, "stderr")):
             self.pipes[end] = (child, stream)
@@ -326,7 +331,8 @@ class Zygote:
             if message[0] == "gcs":
                 from minray import gcs
 
-                gcs.main(sock, os.path.join(self.config["session"], "gcs.sqlite"), self.config["history"])
+                path = os.path.join(self.config["session"], "gcs.sqlite")
+                gcs.main(sock, path, self.config["history"], self.config["job"])
             else:
                 os.setpgid(0, 0)  # So that what a task starts can be ended with it.
                 from minray import worker
@@ -396,6 +402,8 @@ class Zygote:
             child = self.children.pop(pid, None)
             if child is None:
                 continue  # A grandchild that became ours.
+            if child.number == GCS:
+                self.gcs_was_killed = os.WIFSIGNALED(status)
             for fd in [fd for fd, (owner, _) in self.pipes.items() if owner is child]:
                 os.set_blocking(fd, False)
                 with suppress(BlockingIOError, OSError):  # What it said last.
@@ -413,23 +421,27 @@ class Zygote:
         self.poll.unregister(self.sock)
         if self.driver_fd >= 0:
             self.poll.unregister(self.driver_fd)
-        gcs_pid = 0
         for child in self.children.values():
             if child.number == GCS:
-                gcs_pid = child.pid
                 continue
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(child.pid, signal.SIGKILL)
             with suppress(ProcessLookupError):
                 os.kill(child.pid, signal.SIGKILL)
         deadline = time.monotonic() + EXIT_S
-        while self.children and time.monotonic() < deadline:
+        while True:
             self._reap()
-            if self.children:
-                self._await_child(deadline)
-        if gcs_pid in self.children:
-            with suppress(ProcessLookupError):
-                os.kill(gcs_pid, signal.SIGKILL)
+            if self.gcs_was_killed:  # Then another one ends the file as it should be: its lifeline is cut already.
+                ours, theirs = socket.socketpair()
+                ours.close()
+                self._fork(("gcs", GCS), theirs.detach())
+            if not self.children or time.monotonic() >= deadline:
+                break
+            self._await_child(deadline)
+        for child in self.children.values():
+            if child.number == GCS:
+                with suppress(ProcessLookupError):
+                    os.kill(child.pid, signal.SIGKILL)
         # Grandchildren that left their group; what they have started becomes ours in turn.
         while (pids := _children_of(os.getpid())) and time.monotonic() < deadline:
             for pid in pids:

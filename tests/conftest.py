@@ -14,6 +14,7 @@ belongs to it is not counted until the module ends.
 """
 
 import gc
+import glob
 import os
 import shutil
 import signal
@@ -40,6 +41,7 @@ NOT_OURS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "notebook: runs a Jupyter notebook, where nbclient is installed")
+    config.addinivalue_line("markers", "long: takes minutes; is skipped unless MINRAY_TEST_LONG=1 is in the environment")
     home = tempfile.mkdtemp(prefix="minray-tests-")
     os.environ["MINRAY_HOME"] = home
     os.environ.update([MARK.split("=")])
@@ -47,6 +49,13 @@ def pytest_configure(config):
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(path)
     config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
+
+
+def pytest_collection_modifyitems(items):
+    if os.environ.get("MINRAY_TEST_LONG") != "1":
+        for item in items:
+            if item.get_closest_marker("long") is not None:
+                item.add_marker(pytest.mark.skip(reason="takes minutes: MINRAY_TEST_LONG=1 runs it"))
 
 
 @pytest.fixture
@@ -143,14 +152,22 @@ def descendants(pid, processes):
 
 
 def arenas():
-    """The names in shared memory.  Another run's are there while its processes map them: `is_mapped_by_others`."""
+    """The names in shared memory, those of other runs included: `belongs_to_others`."""
     try:
         return {name for name in os.listdir("/dev/shm") if name.startswith("minray")}
     except FileNotFoundError:
         return set()
 
 
-def is_mapped_by_others(name, ours):
+def belongs_to_others(name, ours):
+    """Noted in a session of another run (which may have been killed, and not yet swept), or mapped by its processes."""
+    for path in glob.glob(f"{tempfile.gettempdir()}/*/live/*/session.json"):
+        if not path.startswith(os.environ["MINRAY_HOME"] + "/"):
+            try:
+                if f'"{name}"' in Path(path).read_text():
+                    return True
+            except OSError:
+                pass  # It has been filed away meanwhile.
     pids = {one.pid for one in ours.values()} | {os.getpid()}
     for pid in os.listdir("/proc"):
         if pid.isdecimal() and int(pid) not in pids:
@@ -212,7 +229,7 @@ class Inventory:
             if identity not in self.processes and process.pid not in allowed and not process.is_not_ours():
                 left.append(("process", process))
         for name in arenas() - self.arenas:
-            if not is_mapped_by_others(name, processes):
+            if not belongs_to_others(name, processes):
                 left.append(("shared memory", name))
         left += [("live session", name) for name in live_sessions() - self.sessions]
         new = descriptors() - self.descriptors

@@ -23,22 +23,23 @@ from collections.abc import Callable, Generator
 from random import Random
 from typing import Any
 
-from minray import ids
+from minray import actor_table, ids, lineage, node_exact
 from minray.messages import (
-    DRIVER, ActorKillRequested, ArgumentLost, Command, DeleteFile, Event, HoldNext, KillWorker, ObjectLost, ObjectPut, ReferencesChanged, Reply, StartWorker, TasksSubmitted,
-    Ticked, WorkerDied, WorkerStarted, event_from_wire,
+    DRIVER, ActorKillRequested, ArgumentLost, Command, DeleteFile, Event, GcsRecovered, GcsStalled, HoldNext, KillWorker, ObjectLost, ObjectPut, ReferencesChanged, Reply, RunTasks, StartWorker, TasksFinished, TasksSubmitted,
+    Ticked, Warn, WorkerDied, WorkerStarted, event_from_wire,
 )  # fmt: skip
+from minray.lineage import FREED
 from minray.node import Node
 from minray.reference_counter import ReferenceCounter, References
 from minray.task_spec import (
-    ACTOR_CREATION, ACTOR_EXITED, ACTOR_METHOD, CANCELLED, ERROR, FAILED, FINISHED, OK, RETRYABLE_ERROR, TASK, UNIT, ActorOptions,
+    ACTOR_CREATION, ACTOR_EXITED, ACTOR_METHOD, CANCELLED, DEAD, ERROR, FAILED, FINISHED, OK, RETRYABLE_ERROR, TASK, UNIT, ActorOptions,
     TaskOptions, TaskSpec,
 )  # fmt: skip
 
 CPU, HALF, GPU, LICENSE, ROOM = ("CPU", UNIT), ("CPU", UNIT // 2), ("GPU", UNIT // 2), ("license", UNIT), ("room", UNIT)
 FUNCTION = b"f" * 16
 
-PLAIN, TWO, FREE, SMALL, LICENSED, ON_GPU, NOTHING, IMPOSSIBLE, ACTOR, HUNGRY, CALL, LASTING_CALL, NO_ACTOR = range(13)
+PLAIN, TWO, FREE, SMALL, LICENSED, ON_GPU, NOTHING, IMPOSSIBLE, ACTOR, HUNGRY, CALL, LASTING_CALL, NO_ACTOR, EXACT, OWN_WAY, RETRIED_CALL, BUSY = range(17)
 TEMPLATES = [
     TaskOptions(TASK, FUNCTION, "plain", resources=(CPU,)),
     TaskOptions(TASK, FUNCTION, "two", num_returns=2, resources=(CPU,), max_retries=1),
@@ -53,11 +54,16 @@ TEMPLATES = [
     TaskOptions(ACTOR_METHOD, b"", "A.call", method="call", max_retries=0),
     TaskOptions(ACTOR_METHOD, b"", "A.lasting", method="call", max_retries=2),
     TaskOptions(ACTOR_CREATION, FUNCTION, "C.__init__", resources=(("CPU", 999 * UNIT),), max_retries=0),
+    TaskOptions(ACTOR_CREATION, FUNCTION, "D.__init__", max_retries=0, checkpoint_every=1),
+    TaskOptions(ACTOR_CREATION, FUNCTION, "E.__init__", max_retries=0, checkpoint_every=6),
+    TaskOptions(ACTOR_METHOD, b"", "A.retried", method="call", max_retries=3, retry_exceptions=True),
+    TaskOptions(ACTOR_CREATION, FUNCTION, "F.__init__", resources=(CPU,), max_retries=0),
 ]
-BLOCKING = (PLAIN, TWO, FREE, SMALL, CALL, LASTING_CALL)
+NAMES = ("a", "b")
+BLOCKING = (PLAIN, TWO, FREE, SMALL, CALL, LASTING_CALL, RETRIED_CALL)
 """Kinds of task that may wait: what they hold is lent meanwhile, so that others can go on."""
 
-NOT_STARTED = -1
+NOT_STARTED, SAVED = -1, -2
 TIMED_OUT = object()
 INTERRUPTED = object()
 Body = Generator[tuple[Any, ...], Any, tuple[int, Any]]
@@ -75,6 +81,7 @@ class Context:
         self.prefix = ids.children_prefix(task_id)
         self.children = itertools.count(1)
         self.puts = itertools.count(1)
+        self.calls = 0
         self.refs: list[bytes] = []  # of values
         self.own: list[bytes] = []  # those of them that it has made
         # What a method waits for must not need its actor: so it, and what it submits, uses only its own, and calls nobody.
@@ -93,6 +100,7 @@ class Context:
             nested = (rng.choice(self.refs),)
         if self.handles and actor_id is None and rng.random() < 0.4:
             nested += (rng.choice(self.handles),)
+        self.calls += actor_id is not None
         task_id = ids.pack_id(self.prefix, next(self.children), 0)
         self.sim.depth[task_id] = self.depth + 1
         if self.secluded and task_id not in self.sim.secluded:
@@ -130,7 +138,7 @@ class Context:
             answer = yield ("await", [object_id], 1, True, None)
             (fetched,) = self.process.fetched([object_id], answer)
         data, _, is_error, object_id = fetched
-        self.sim.saw(object_id, data)
+        self.sim.saw(self.process, object_id, data)
         if is_error:
             return False
         if type(data) is bytes:
@@ -142,7 +150,9 @@ class Context:
         return True
 
     def is_lost(self, fetched: tuple[Any, int, bool, bytes]) -> bool:
-        return fetched[0] in self.sim.lost_files
+        data, _, _, object_id = fetched
+        deleted = type(data) is str and data not in self.sim.files and object_id in self.sim.losses
+        return deleted or data in self.sim.lost_files
 
     def with_arguments(self, values: list[Any], args: bytes, template: int) -> Body:
         """A task: its arguments are taken in, then its body runs."""
@@ -157,6 +167,7 @@ class Context:
         finally:  # What else was pinned for it is let go.
             self.process.unpinned += [item[3] for item in unread if type(item[0]) is not bytes]
         self.hold(pickle.loads(args))
+        self.sim.begins(self.process, self.task_id)
         return (yield from self.body(template))
 
     def close_view(self) -> None:
@@ -175,7 +186,7 @@ class Context:
         """A `Value`: small ones travel inside the message, others need a block, others' spilling, or a file."""
         rng, sim = self.rng, self.sim
         if rng.random() < 0.6:
-            return (pickle.dumps((object_id, nested)), 10, nested)
+            return (pickle.dumps((object_id, nested, sim.stamp())), 10, nested)
         size = rng.choice((70_000, 100_000, 150_000))
         self.process.room_for = object_id
         sim.contents[object_id] = nested
@@ -188,15 +199,15 @@ class Context:
                 sim.write(answer[1], object_id)
                 return (answer[1], size, nested)
             if answer[0] == "file":
-                sim.files[answer[1]] = object_id
+                sim.files[answer[1]] = (object_id, sim.stamp())
                 return (answer[1], size, nested)
             spilled = []
             for victim, offset, _, path in answer[1]:
-                assert sim.memory[offset] == victim
+                assert sim.memory[offset][0] == victim
                 if sim.faulty and sim.rng.random() < 0.1:
                     path = ""
                 else:
-                    sim.files[path] = victim
+                    sim.files[path] = sim.memory[offset]
                 spilled.append((victim, path))
             answer = yield ("ask", "BlocksSpilled", spilled, object_id, size)
 
@@ -224,7 +235,7 @@ class Context:
         if in_actor and chance > 0.97 and self.sim.faulty:
             return ACTOR_EXITED, (b"", "exit_actor() was called")
         if options.num_returns == 1 and rng.random() < 0.6:
-            return OK, pickle.dumps((self.task_id, ()))
+            return OK, pickle.dumps((self.task_id, (), self.sim.stamp()))
         values = []
         for index in range(options.num_returns):
             nested = (rng.choice(self.refs),) if self.refs and rng.random() < 0.5 else ()
@@ -242,18 +253,21 @@ class Context:
                     self.submit(rng.choice((PLAIN, PLAIN, PLAIN, PLAIN, TWO, FREE, SMALL, LICENSED, ON_GPU, NOTHING, IMPOSSIBLE)))
             elif what < 0.38:
                 yield from self.put()
-            elif what < 0.46 and may_call and self.depth < 2:
+            elif what < 0.44 and may_call and self.depth < 2:
                 self.make_actor()
+            elif what < 0.46 and may_call:
+                yield from self.look_up()
             elif what < 0.68 and may_call and self.handles:
                 handle = rng.choice(self.handles)
                 for _ in range(rng.choice((1, 4, 8))):
-                    self.submit(rng.choice((CALL, LASTING_CALL)), handle)
+                    self.submit(rng.choice((CALL, CALL, LASTING_CALL, LASTING_CALL, RETRIED_CALL)), handle)
             elif what < 0.84 and may_block and (usable := self.usable()):
                 yield from self.wait(rng.sample(usable, rng.randint(1, min(3, len(usable)))))
             elif what < 0.91 and self.refs:
                 process.send("CancelRequested", rng.choice(self.refs), rng.random() < 0.3, rng.random() < 0.5)
             elif what < 0.93 and self.handles and may_call:
-                process.send("ActorKillRequested", rng.choice(self.handles), rng.random() < 0.5)
+                # Or a constructor that ends its own actor would be run again for ever.
+                process.send("ActorKillRequested", rng.choice(self.handles), rng.random() < 0.5 or not self.sim.faulty)
             elif what < 0.97 and self.refs:
                 self.drop(rng.choice(self.refs))
             elif self.views:
@@ -261,12 +275,20 @@ class Context:
             if rng.random() < 0.5:
                 yield ("compute", rng.choice((0.0001, 0.002, 0.01)))
 
-    def make_actor(self) -> None:
+    def make_actor(self, template: int | None = None) -> None:
         sim, rng = self.sim, self.rng
-        template = rng.choice((ACTOR, ACTOR, ACTOR, HUNGRY, HUNGRY, NO_ACTOR))
-        options = ActorOptions("A", max_restarts=rng.choice((0, 1, 1, -1)), detached=rng.random() < 0.1)
+        template = template or rng.choice(sim.actor_kinds)
+        restarts = (2, -1) if TEMPLATES[template].checkpoint_every else (0, 1, 1, -1)
+        name = rng.choice(NAMES) if rng.random() < 0.3 else None
+        options = ActorOptions("A", name, max_restarts=rng.choice(restarts), detached=rng.random() < 0.1)
         self.submit(template, None, options)
         sim.actor_ids[self.handles[-1]] = options.detached
+
+    def look_up(self) -> Generator[tuple[Any, ...], Any, None]:
+        found = yield ("look", "ActorLookedUp", "", self.rng.choice(NAMES))
+        if found is not None:
+            self.hold((found[0],))
+            self.process.unpinned.append(found[0])
 
     def wait(self, object_ids: list[bytes]) -> Generator[tuple[Any, ...], Any, None]:
         rng = self.rng
@@ -299,6 +321,21 @@ class Process:
         self.room_for: bytes | None = None
         self.actor_id: bytes | None = None
         self.dead = False
+        self.stopped_until = 0.0  # SIGSTOP: executes nothing, and neither hears nor speaks
+        self.deaf_until = 0.0  # executes code that holds the GIL: neither hears nor speaks
+
+    def is_stopped(self, then: Callable[..., None], *args: Any) -> bool:
+        """If so, it goes on `then`."""
+        if self.stopped_until > self.sim.now:
+            self.sim.at(self.stopped_until, then, *args)
+            return True
+        return False
+
+    def is_silent(self, then: Callable[..., None], *args: Any) -> bool:
+        if self.deaf_until > self.sim.now:
+            self.sim.at(self.deaf_until, then, *args)
+            return True
+        return self.is_stopped(then, *args)
 
     def submit(self, parent: bytes, spec: TaskSpec) -> None:
         if spec.template_no not in self.known:
@@ -326,7 +363,7 @@ class Process:
 
     def flush(self) -> None:
         """One frame, in the order of `Worker.flush`."""
-        if self.dead:
+        if self.dead or self.is_silent(self.flush):
             return
         references = self.references
         self.collect()
@@ -371,7 +408,10 @@ class Process:
         number = next(self.requests)
         self.waits_for = (request[0], number)
         if request[0] == "compute":
-            self.sim.after(request[1] * self.sim.rng.uniform(0.5, 2), self.computed, number)
+            lasts = request[1] * self.sim.rng.uniform(0.5, 2)
+            self.sim.after(lasts, self.computed, number)
+            if self.client != DRIVER and self.sim.rng.random() < 0.1:
+                self.deaf_until = self.sim.now + lasts
             if self.results or self.specs or self.out:
                 self.sim.after(0.005, self.flush)
             return
@@ -389,11 +429,11 @@ class Process:
         pass
 
     def computed(self, number: int) -> None:
-        if not self.dead and self.waits_for == ("compute", number):
+        if not self.dead and self.waits_for == ("compute", number) and not self.is_stopped(self.computed, number):
             self.go_on(None)
 
     def time_out(self, number: int) -> None:
-        if not self.dead and self.waits_for == ("await", number):
+        if not self.dead and self.waits_for == ("await", number) and not self.is_stopped(self.time_out, number):
             self.send("RequestAbandoned", number)
             self.flush()
             self.go_on(TIMED_OUT)
@@ -403,6 +443,9 @@ class Process:
             self.go_on(answer)
         elif type(answer) is list:  # Too late: what was pinned for it is let go.
             self.unpinned += [item[3] for item in answer if type(item) is tuple and type(item[0]) is not bytes]
+            self.flush()
+        elif type(answer) is tuple and type(answer[0]) is bytes:  # Likewise, an actor.
+            self.unpinned.append(answer[0])
             self.flush()
 
 
@@ -435,9 +478,20 @@ class Driver(Process):
     def main(self) -> Body:
         context, sim = self.context, self.sim
         assert context is not None
+        exact = []
+        for _ in range(sim.rng.choice((0, 0, 0, 1, 2))):  # Actors with recovery that are called a lot, and die a lot.
+            context.make_actor(sim.rng.choice((EXACT, OWN_WAY, OWN_WAY)))
+            exact.append(context.handles[-1])
+            for _ in range(sim.rng.choice((1, 3, 6))):
+                sim.after(sim.rng.uniform(0.02, 0.3), sim.kill_someone, exact[-1])
         for _ in range(sim.rng.choice((4, 8, 16))):
             yield from context.steps(1, True, True)
+            for handle in exact:
+                for _ in range(sim.rng.choice((0, 2, 5))):
+                    context.submit(sim.rng.choice((CALL, LASTING_CALL, LASTING_CALL, RETRIED_CALL)), handle)
             self.flush()
+            if exact:
+                yield ("compute", 0.02)
         sim.faulty = False
         # Everything must resolve now.
         while waiting := [i for i in context.refs if sim.node.objects[i].data is None]:
@@ -453,20 +507,33 @@ class Worker(Process):
         self.running: bytes | None = None  # the black box
         self.held = False  # starts nothing before it is told what to forget
         self.forgets = 0
+        self.numbers: dict[bytes, int] = {}  # of the tasks that it was handed
+        self.unheard: dict[bytes, int] = {}  # those of them that it has executed, and of which the node does not know that
         self.exiting = self.over = False
         self.started_s = 0.0
+        self.inbox: deque[list[Command]] = deque()  # while it stands still
         self.heard_at = self.spoken_at = 0.0
         self.actor_refs: list[bytes] = []
-        self.last_call: dict[int | bytes, int] = {}  # by caller: the number of the last call that ran here
+        self.last_call: dict[bytes, int] = {}  # by caller: the number of the last call that ran here
+        self.state: list[bytes] = []  # of an actor: the calls that it has executed, in this life and those before
+        self.ends: deque[tuple[bytes, tuple[bytes, ...]]] = deque()  # calls not yet answered, and the state after each
+        self.restored: tuple[int, Any] | None = None
+        self.checkpoints = self.unsaved = 0
+        self.saves_after = 0  # so many calls; 0: never
 
     def transmit(self, messages: list[tuple[Any, ...]]) -> None:
         self.spoken_at = max(self.spoken_at, self.sim.now + self.sim.delay())
         self.sim.at(self.spoken_at, self.sim.hear, self, messages)
 
     def receive(self, messages: list[Command]) -> None:
-        for message in messages:
-            if not self.dead:
-                getattr(self, "on_" + type(message).__name__)(*message[1:])
+        self.inbox.append(messages)
+        self.read_inbox()
+
+    def read_inbox(self) -> None:
+        while self.inbox and not self.is_silent(self.read_inbox):
+            for message in self.inbox.popleft():
+                if not self.dead:
+                    getattr(self, "on_" + type(message).__name__)(*message[1:])
 
     def on_DefineFunction(self, function_id: bytes, pickled: bytes) -> None:
         assert function_id == FUNCTION and pickled == b"code"
@@ -495,6 +562,9 @@ class Worker(Process):
             taken.append(self.queue.pop())
         self.give_back(taken[::-1])
 
+    def has_called(self) -> bool:
+        return self.running is not None and self.context is not None and self.context.calls > 0
+
     def give_back(self, tasks: list[tuple[Any, ...]]) -> None:
         self.send("TasksReturned", [task[0] for task in tasks], self.forgets)
         self.flush()
@@ -511,9 +581,7 @@ class Worker(Process):
         for task in self.queue:
             if task[0] == task_id:
                 self.queue.remove(task)
-                self.unpinned += [item[3] for item in task[3] or () if type(item[0]) is not bytes]
-                self.results.append((task_id, CANCELLED, (b"", "cancelled"), self.sim.now, self.sim.now))
-                self.flush()
+                self.give_back([task])
                 return
         if self.running == task_id and self.actor_id is None and self.code is not None and self.waits_for is not None:
             kind, number = self.waits_for
@@ -527,8 +595,65 @@ class Worker(Process):
     def on_MarkReconstructed(self) -> None:
         pass
 
+    def on_RestoreActor(self, number: int, checkpoint: Any) -> None:
+        self.restored = (number, checkpoint)
+
+    def restore(self, whole: bool, constructor: Body) -> Body:
+        """The constructor, unless the state replaces it, and then the state."""
+        if self.restored is None:
+            return (yield from constructor)
+        self.checkpoints, (data, _, is_error, object_id) = self.restored
+        assert self.context is not None
+        if type(data) is not bytes:
+            self.unpinned.append(object_id)
+        if self.context.is_lost((data, 0, is_error, object_id)):
+            return ERROR, (b"error", "its checkpoint is lost")
+        self.sim.saw(self, object_id, data)
+        if is_error:
+            return ERROR, (b"error", "its checkpoint was lost")
+        if whole:
+            yield ("compute", 0.001)
+        else:
+            outcome = yield from constructor
+            if outcome[0] != OK:
+                return outcome
+        state, refs = self.sim.states[object_id]
+        self.state = list(state)
+        self.references.born += refs
+        self.actor_refs += refs
+        return OK, pickle.dumps((self.actor_id, ()))
+
+    def save(self) -> Body:
+        sim, context = self.sim, self.context
+        assert self.actor_id is not None and context is not None
+        object_id = ids.checkpoint_id(self.actor_id, self.checkpoints + 1)
+        chance = sim.rng.random() if sim.faulty else 1.0
+        if chance < 0.1:
+            return SAVED, ("CheckpointFailed", object_id, "no room", False)
+        if chance < 0.12:
+            self.saves_after = 0
+            return SAVED, ("CheckpointFailed", object_id, "cannot be saved", True)
+        sim.states[object_id] = tuple(self.state), tuple(self.actor_refs)
+        value = yield from context.store(object_id, tuple(dict.fromkeys(self.actor_refs)))
+        self.checkpoints += 1
+        return SAVED, ("CheckpointTaken", object_id, value, self.saves_after == 1)
+
+    def saved(self, message: tuple[Any, ...]) -> None:
+        """Behind the results that are in it, in one frame."""
+        self.collect()
+        if self.results:
+            self.out.append(("TasksFinished", self.results))
+            self.results = []
+        self.out.append(message)
+        self.context = None
+        self.flush()
+        self.sim.after(0.0, self.next)
+
     def on_ExitWorker(self) -> None:
         self.exiting = True
+        if self.code is not None and self.running is None:  # What it saves is of no use any more.
+            self.code.close()
+            self.code = self.waits_for = None
         self.next()
 
     def about_to_wait(self) -> None:
@@ -536,7 +661,10 @@ class Worker(Process):
             self.on_TakeBack(len(self.queue))
 
     def next(self) -> None:
-        if self.code is not None or self.dead or self.held:
+        if self.code is not None or self.dead or self.is_stopped(self.next):
+            return
+        if self.held:
+            self.flush()
             return
         if not self.queue or self.over:
             self.flush()
@@ -551,15 +679,21 @@ class Worker(Process):
         context = self.context = Context(self, task_id)
         if options.kind == ACTOR_CREATION:
             self.actor_id = task_id
+            self.saves_after = options.checkpoint_every
         elif options.kind == ACTOR_METHOD:
-            self.sim.call_runs(self, task_id)
+            self.sim.call_runs(self, task_id, options.retry_exceptions is True)
         else:
             assert self.actor_id is None, "a plain task was sent to an actor"
         self.code = context.with_arguments(values or [], args, template)
+        if options.kind == ACTOR_CREATION and options.checkpoint_every:
+            self.code = self.restore(options.checkpoint_every == 1, self.code)
         self.go_on(None)
 
     def ended(self, outcome: Any) -> None:
         status, payload = outcome
+        if status == SAVED:
+            self.saved(payload)
+            return
         context = self.context
         assert context is not None
         if self.actor_id is not None and context.refs and context.rng.random() < 0.3 and status == OK:
@@ -568,10 +702,22 @@ class Worker(Process):
             self.send("ArgumentLost", self.running, *payload, "its file is gone")
         else:
             self.results.append((self.running, status, payload, self.started_s, self.sim.now))
+            self.unheard[self.running] = self.numbers.get(self.running, 0)  # type: ignore[index, arg-type]
+        called = self.running is not None and self.actor_id not in (None, self.running)
+        if called and status not in (CANCELLED, ACTOR_EXITED):
+            self.state.append(self.running)  # type: ignore[arg-type]
+            self.ends.append((self.running, tuple(self.state)))  # type: ignore[arg-type]
+            self.unsaved += 1
         self.running = None
         self.context = None
         self.over = self.over or status == ACTOR_EXITED
         context.close()
+        if self.saves_after and self.unsaved >= self.saves_after and not self.over:
+            self.unsaved = 0
+            self.context = Context(self, self.actor_id or b"")
+            self.code = self.save()
+            self.go_on(None)
+            return
         if not (self.queue and self.queue[0][4] and self.sim.rng.random() < 0.8):
             self.flush()
         self.sim.after(0.0, self.next)
@@ -585,7 +731,8 @@ class Simulation:
     def __init__(self, seed: int, keep_trace: bool = False, check_every: int = 1) -> None:
         self.seed = seed
         self.rng = Random(seed)
-        self.now = 1000.0
+        self.now = 1_000_000.0
+        self.clock_is_off_s = 0.0  # what the node is told minus that
         self.faulty = True
         self.events = 0
         self.check_every = check_every
@@ -597,15 +744,36 @@ class Simulation:
         self.depth: dict[bytes, int] = {}
         self.secluded: list[bytes] = []
         self.actor_ids: dict[bytes, bool] = {}
+        self.everyone: dict[int, Worker] = {}  # also the dead
         self.contents: dict[bytes, tuple[bytes, ...]] = {}
-        self.memory: dict[int, bytes] = {}  # offset -> the object whose bytes lie there
-        self.files: dict[str, bytes] = {}
-        self.lost_files: dict[str, bytes] = {}
+        self._stamps = itertools.count(1)
+        self.memory: dict[int, tuple[bytes, int]] = {}  # offset -> the object whose bytes lie there, and its value
+        self.files: dict[str, tuple[bytes, int]] = {}
+        self.lost_files: dict[str, tuple[bytes, int]] = {}
         self.committed: dict[bytes, tuple[Any, Any, bool]] = {}  # entry, data, is it an error
+        self.seen: dict[bytes, tuple[Any, Any]] = {}  # entry, and the value that readers have seen
         self.template_of: dict[tuple[int, int], int] = {}
+        self.states: dict[bytes, tuple[tuple[bytes, ...], tuple[bytes, ...]]] = {}  # by checkpoint: calls, and refs
+        self.answered: dict[bytes, list[bytes]] = {}  # by actor with recovery: the calls that the node has heard the end of
         self.calls: dict[bytes, tuple[int | bytes, int]] = {}  # call -> (caller, its number in the order of submission)
-        self.tasks: dict[int, Any] = {}  # every Task that the node has made
+        self.tasks: dict[int, Any] = {}  # every Task that the node has made, by number
+        self.begun: Counter[int] = Counter()  # by number: how often a process began to execute it
+        self.unheard: Counter[int] = Counter()  # by number: executions that ended, and died with their process
+        self.parents: dict[int, tuple[Any, Any]] = {}  # by number: the Task, or the actor with recovery, that submitted it
+        self.ended: dict[bytes, tuple[Any, Any, Any]] = {}  # by ID: the Task whose result is known, and those two
+        self.over: set[int] = set()  # numbers of tasks that have come to an end, at least once; never iterated
+        self.losses: set[bytes] = set()  # objects that were announced as lost; never iterated
+        self.rows: dict[tuple[str, int], int] = {}  # what the GCS has last been told: (table, number) -> state
+        self.rows_every = self.rng.choice((1, 5, 40, 1000))  # events
+        self.gcs_is_stalled = False
+        self.unrecorded: set[int] = set()  # numbers of tasks that were refused for that; never iterated
+        self.told_of_starvation = False
         self.root = ids.root_task_id(b"%d" % seed)
+        exact = (EXACT, OWN_WAY, OWN_WAY)
+        self.actor_kinds = self.rng.choice(((ACTOR, ACTOR, ACTOR, HUNGRY, NO_ACTOR, BUSY, *exact), exact))
+        lineage.MAX_CHILDREN = self.rng.choice((1000, 1000, 2))  # Limits are reached in some.
+        lineage.MAX_REPLAYABLE = self.rng.choice((100_000, 100_000, 4))
+        actor_table.MAX_IN_FLIGHT = node_exact.MAX_IN_FLIGHT = self.rng.choice((1000, 1000, 2))
         cpus = self.rng.choice((1, 1, 2, 3))
         resources = {"CPU": cpus * UNIT, "license": UNIT, "GPU": self.rng.choice((1, 2)) * UNIT, "room": 99 * UNIT}
         self.node = Node(resources, self.rng.choice((200_000, 300_000, 10_000_000)), lambda i: "/spill/" + i.hex())
@@ -624,7 +792,12 @@ class Simulation:
         self.at(self.now + delay, what, *args)
 
     def delay(self) -> float:
+        if self.faulty and self.rng.random() < 0.003:
+            return 0.3
         return self.rng.choice((0.00005, 0.0001, 0.0003, 0.004))
+
+    def clock(self) -> float:
+        return self.now + self.clock_is_off_s
 
     def run(self) -> Simulation:
         self.driver.code = self.driver.main()
@@ -633,9 +806,18 @@ class Simulation:
             self.after(self.rng.uniform(0.02, 0.2), self.kill_someone)
         for _ in range(self.rng.choice((0, 0, 2, 8))):
             self.after(self.rng.uniform(0.02, 0.2), self.lose_something)
+        for _ in range(self.rng.choice((0, 0, 1, 5))):
+            self.after(self.rng.uniform(0.02, 0.2), self.stop_someone)
+        for _ in range(self.rng.choice((0, 0, 0, 2))):
+            self.after(self.rng.uniform(0.02, 0.2), self.set_clock)
+        for _ in range(self.rng.choice((0, 0, 0, 1))):
+            self.after(self.rng.uniform(0.02, 0.2), self.stall_gcs)
         self.until_all_is_quiet()
-        for actor_id in [actor.actor_id for actor in self.node.actors.actors.values() if actor.options.detached]:
-            self.handle(ActorKillRequested(DRIVER, actor_id, True))
+        self.end_who_starves_others()
+        # Those that were found by name may hold handles to themselves.
+        for actor in list(self.node.actors.actors.values()):
+            if actor.options.detached or actor.options.name:
+                self.handle(ActorKillRequested(DRIVER, actor.actor_id, True))
         self.until_all_is_quiet()
         self.check_end()
         return self
@@ -654,21 +836,23 @@ class Simulation:
         wake_at = self.node.wake_at
         if wake_at is not None and wake_at != self._tick_at:
             self._tick_at = wake_at
-            self.at(wake_at, self.tick, wake_at)
+            self.at(wake_at - self.clock_is_off_s, self.tick, wake_at)
 
     def tick(self, wake_at: float) -> None:
         if self.node.wake_at == wake_at:
             self._tick_at = None
-            held = self.node.held
-            self.handle(Ticked(executing=tuple((number, self.processes[number].running) for number in held)))
+            self.handle(Ticked(executing=tuple((number, self.everyone[number].running) for number in self.node.held)))
 
     # ------------------------------------------------------------ between the node and the processes
 
     def hear(self, process: Worker, messages: list[tuple[Any, ...]]) -> None:
         for message in messages:
             event = event_from_wire(process.client, message)
+            if type(event) is TasksFinished and process.client in self.node.scheduler.workers:
+                self.check_states(process, event.results)
+                self.note_finished(process, event.results)
             if process.client in self.graves:
-                assert self.node.handle(event, self.now) == [], f"the dead are heard: {event}"
+                assert self.node.handle(event, self.clock()) == [], f"the dead are heard: {event}"
                 self.check()
             else:
                 self.handle(event)
@@ -678,9 +862,11 @@ class Simulation:
         before = None
         if type(event) is TasksSubmitted:
             before = self.node._tasks_made
-        commands = self.node.handle(event, self.now)
+        commands = self.node.handle(event, self.clock())
         if type(event) is ObjectLost or type(event) is ArgumentLost:
             self.committed.pop(event.object_id, None)  # It may be an error now.
+            self.seen.pop(event.object_id, None)
+            self.losses.add(event.object_id)
         if self.trace is not None:
             shown: Any = event
             if type(event) is TasksSubmitted:
@@ -694,14 +880,55 @@ class Simulation:
             self.note_driver(event)
         self.check()
         self.carry_out(commands)
+        if self.events % self.rows_every == 0 and not self.gcs_is_stalled:
+            self.take_rows()
 
     def note_submitted(self, event: Any, before: int) -> None:
         for spec in event.specs:
             task = self.node.lineage.tasks.get(spec.task_id)
             if task is not None and task.no > before:
                 self.tasks[task.no] = task
-                if spec.actor_id is not None:
+                if self.gcs_is_stalled:
+                    self.unrecorded.add(task.no)
+                self.note_parent(task, event)
+                if spec.actor_id is not None and task.state < FINISHED:  # Else it was executed before, and is not again.
                     self.calls[spec.task_id] = (task.caller, task.no)  # A constructor that runs again is another.
+
+    def note_parent(self, task: Any, event: Any) -> None:
+        if event.client != DRIVER:
+            actor = self.node.scheduler.workers[event.client].actor
+            maker = actor if actor is not None and actor.recovery is not None else None
+            parent = self.node.lineage.tasks.get(event.parent_task_id)
+            if parent is not None and (parent.state >= FINISHED or not parent.retries_left or parent.no in self.over):
+                parent = None
+            self.parents[task.no] = (parent, maker)
+
+    def note_finished(self, process: Worker, results: list[Any]) -> None:
+        """Before the node hears it: whose result will be known, so that it is not to be executed again."""
+        in_flight = self.node.scheduler.workers[process.client].in_flight
+        for task_id, status, payload, *_ in results:
+            process.unheard.pop(task_id, None)
+            task = in_flight.get(task_id)
+            if task is None or not task.no or status in (RETRYABLE_ERROR, NOT_STARTED):
+                continue
+            parent, maker = self.parents.get(task.no, (None, None))
+            keeps = parent is not None and parent.state < FINISHED and type(payload) is bytes
+            keeps = keeps and lineage.MAX_CHILDREN == 1000
+            if task.template.options.kind == TASK and status == OK and (keeps or maker) and task.error is None:
+                self.ended[task_id] = (task, parent, maker)
+            self.over.add(task.no)
+
+    def take_rows(self) -> None:
+        rows = self.node.take_rows(self.clock())
+        for row in rows.get("tasks", ()):
+            self.rows["tasks", row[0]] = row[5]
+        for row in rows.get("actors", ()):
+            self.rows["actors", row[0]] = row[6]
+        for row in rows.get("objects", ()):
+            self.rows["objects", row[0]] = row[3]
+        for state, _, _, no in rows.get("object_updates", ()):
+            if ("objects", no) in self.rows:  # Else it has come and gone since the last time.
+                self.rows["objects", no] = state
 
     def note_driver(self, event: Any) -> None:
         held = self.driver.held
@@ -721,10 +948,12 @@ class Simulation:
         frames: dict[int, list[Command]] = {}
         for command in commands:
             if type(command) is StartWorker:
-                self.processes[command.client] = Worker(self, command.client)
+                self.processes[command.client] = self.everyone[command.client] = Worker(self, command.client)
                 self.after(self.rng.uniform(0.001, 0.02), self.started, command.client)
             elif type(command) is HoldNext:
-                self.processes[command.client].held = True
+                self.everyone[command.client].held = True
+            elif type(command) is Warn:
+                self.told_of_starvation = self.told_of_starvation or "actors hold too much" in command.text
             elif type(command) is DeleteFile:
                 self.files.pop(command.path, None)
             elif type(command) is KillWorker:
@@ -734,6 +963,8 @@ class Simulation:
             elif type(command) is Reply and command.client == DRIVER:
                 self.driver.on_Reply(command.request_id, command.answer)
             else:
+                if type(command) is RunTasks:
+                    self.note_handed(command)
                 frames.setdefault(command.client, []).append(command)  # type: ignore[union-attr]
         for client, frame in frames.items():
             process = self.processes.get(client)
@@ -750,12 +981,58 @@ class Simulation:
         else:
             self.handle(WorkerStarted(client, 10_000 + client))
 
-    def kill_someone(self) -> None:
+    def note_handed(self, command: RunTasks) -> None:
+        worker = self.node.scheduler.workers.get(command.client)
+        for task_id, *_ in command.tasks if worker is not None else ():
+            if task_id in worker.in_flight:  # type: ignore[union-attr]
+                self.everyone[command.client].numbers[task_id] = worker.in_flight[task_id].no  # type: ignore[union-attr]
+
+    def kill_someone(self, actor_id: bytes | None = None) -> None:
+        """Anybody, or the worker of that actor.  Often the next instance of an actor dies soon after the first."""
         if self.faulty and self.processes:
             victims = list(self.processes.values())
-            if self.rng.random() < 0.5:  # Actors have the more interesting deaths.
+            if actor_id is not None:
+                victims = [process for process in victims if process.actor_id == actor_id] or victims
+            elif self.rng.random() < 0.3:  # So that it calls again what it has called.
+                victims = [process for process in victims if process.has_called()] or victims
+            elif self.rng.random() < 0.5:  # Actors have the more interesting deaths.
                 victims = [process for process in victims if process.actor_id is not None and process.code is not None] or victims
-            self.die(self.rng.choice(victims), "was killed by SIGKILL")
+            victim = self.rng.choice(victims)
+            self.die(victim, "was killed by SIGKILL")
+            if victim.actor_id is not None and self.rng.random() < 0.5:
+                self.after(self.rng.uniform(0.01, 0.08), self.kill_someone, victim.actor_id)
+
+    def stop_someone(self) -> None:
+        if self.faulty and self.processes:
+            victim = self.rng.choice(list(self.processes.values()))
+            victim.stopped_until = self.now + self.rng.choice((0.005, 0.02, 0.1, 1.0, 10.0))
+
+    def set_clock(self) -> None:
+        if self.faulty:
+            self.clock_is_off_s += self.rng.choice((-3600.0, 3600.0, -1.0, 1.0))
+            self._tick_at = None
+
+    def stall_gcs(self) -> None:
+        if self.faulty:
+            self.gcs_is_stalled = True
+            self.handle(GcsStalled(DRIVER, "OutOfDiskError", "the disk is full"))
+            self.after(self.rng.uniform(0.01, 0.2), self.heal_gcs)
+
+    def heal_gcs(self) -> None:
+        self.gcs_is_stalled = False
+        self.handle(GcsRecovered(DRIVER))
+
+    def end_who_starves_others(self) -> None:
+        """Actors may hold CPUs that others wait for: then the user is told, and ends some."""
+        while any(task.state < FINISHED for task in self.tasks.values()):
+            actors = [a.actor_id for a in self.node.actors.actors.values() if a.worker is not None]
+            holders = [i for i in actors if CPU in self.node.lineage.tasks[i].template.options.resources]
+            if not holders:
+                return
+            assert self.told_of_starvation, "tasks wait for what actors hold, and nobody was told"
+            for actor_id in holders:
+                self.handle(ActorKillRequested(DRIVER, actor_id, True))
+            self.until_all_is_quiet()
 
     def lose_something(self) -> None:
         """A file goes, which nobody notices before it is read; or an object, and the node is told."""
@@ -782,22 +1059,82 @@ class Simulation:
     def bury(self, process: Worker, reason: str) -> None:
         self.handle(WorkerDied(process.client, reason, process.running))
         self.graves[process.client] = process
+        self.unheard.update(process.unheard.values())
+        if self.faulty and self.rng.random() < 0.1:  # The news may come twice: from the zygote, and from its end.
+            self.after(self.rng.uniform(0.0, 0.05), self.handle, WorkerDied(process.client, reason, process.running))
 
     # ------------------------------------------------------------ what only the world can check
 
     def write(self, offset: int, object_id: bytes) -> None:
         for process in (self.driver, *self.processes.values()):
             assert not process.looks[offset], f"memory at {offset} is written while process {process.client} reads it"
-        self.memory[offset] = object_id
+        self.memory[offset] = (object_id, self.stamp())
 
-    def saw(self, object_id: bytes, data: Any) -> None:
-        if type(data) is int:
-            assert self.memory[data] == object_id, "the memory belongs to another object"
-        elif type(data) is str:
-            assert self.files[data] == object_id, "the file is gone, or another object's"
+    def stamp(self) -> int:
+        """What makes a value unlike all others, also those that other executions of the same task return."""
+        return next(self._stamps)
 
-    def call_runs(self, process: Worker, task_id: bytes) -> None:
+    def saw(self, process: Process, object_id: bytes, data: Any) -> None:
+        """P2: what one reader has seen is what the others see, unless a loss was announced."""
+        if type(data) is bytes:
+            value: Any = data
+        else:
+            there, value = self.memory[data] if type(data) is int else self.files[data]
+            assert there == object_id, "the memory, or the file, is another object's"
+        entry = self.node.objects.get(object_id)
+        known = entry is not None and object_id not in self.losses
+        if known and process.client in (DRIVER, *self.node.scheduler.workers):
+            first, seen = self.seen.setdefault(object_id, (entry, value))
+            assert first is not entry or seen == value, f"{ids.short(object_id)}: two readers have seen different values"
+
+    def check_states(self, process: Worker, results: list[Any]) -> None:
+        """P3: after a call, an actor's state is what has been answered before, in that order, each once, and this call."""
+        record = self.node.scheduler.workers[process.client]
+        if record.actor is None or not record.actor.task.template.options.checkpoint_every:
+            return
+        answered = self.answered.setdefault(record.actor.actor_id, [])
+        for task_id, status, *_ in results:
+            if task_id == record.actor.actor_id or status in (CANCELLED, ACTOR_EXITED):
+                continue
+            call, state = process.ends.popleft()
+            assert call == task_id
+            if len(state) > len(answered):
+                answered.append(task_id)
+                again = record.in_flight[task_id].template.options.retry_exceptions
+                assert again or answered.count(task_id) == 1, "a call was executed twice"
+            assert list(state) == answered[: len(state)], "an actor's state is not that of the calls that were answered"
+
+    def begins(self, process: Process, task_id: bytes) -> None:
+        """No task is executed more often than its options allow, nor again when its result is known."""
+        assert isinstance(process, Worker)
+        record = self.node.scheduler.workers.get(process.client)
+        assert record is None or task_id in record.in_flight, f"{ids.short(task_id)} is executed, and others have it"
+        task = self.tasks.get(process.numbers.get(task_id, 0))
+        if task is None:
+            return  # A replay of an actor's log: see check_states.
+        options = task.template.options
+        self.begun[task.no] += 1
+        is_exact = self.everyone[process.client].saves_after
+        if options.kind != ACTOR_CREATION and options.max_retries >= 0 and not is_exact:
+            allowed = 1 + options.max_retries
+            if options.kind == TASK and options.max_retries:
+                allowed += self.unheard[task.no]
+            assert self.begun[task.no] <= allowed, f"{options.name} [{ids.short(task_id)}] is executed {self.begun[task.no]} times"
+        known, parent, maker = self.ended.get(task_id, (None, None, None))
+        if known is not None and known.spec.to_wire()[1:6] == task.spec.to_wire()[1:6] and not self.was_lost(task):
+            if maker is not None:
+                forgotten = self.parents[task.no][1] is not maker
+            else:
+                forgotten = parent.state >= FINISHED or parent.no in self.over
+            assert forgotten, f"{options.name} [{ids.short(task_id)}] is run again, and its result was known"
+
+    def was_lost(self, task: Any) -> bool:
+        return any(ids.return_id(task.spec.task_id, n) in self.losses for n in range(task.template.options.num_returns))
+
+    def call_runs(self, process: Worker, task_id: bytes, is_retried: bool) -> None:
         caller, number = self.calls[task_id]
+        if is_retried:
+            return
         assert number > process.last_call.get(caller, 0), "calls of one caller ran out of order, or twice"
         process.last_call[caller] = number
 
@@ -813,14 +1150,21 @@ class Simulation:
                 self.committed[object_id] = (entry, entry.data, entry.is_error)
             else:  # Not there yet, or lost.
                 self.committed.pop(object_id, None)
+                self.seen.pop(object_id, None)
 
     def check_end(self) -> None:
         node = self.node
+        self.take_rows()
         assert self.driver.code is None, f"the driver waits for ever: {self.driver.waits_for}"
         node.check({})
         left = [task for task in self.tasks.values() if task.state not in (FINISHED, FAILED)]
         assert not left, f"{len(left)} tasks never ended: {[(t.template.options.name, t.state) for t in left]}"
         assert node.scheduler.available == node.scheduler.total
+        for (table, number), state in self.rows.items():
+            ends = {"tasks": (FINISHED, FAILED), "actors": (DEAD,), "objects": (FREED,)}[table]
+            assert state in ends, f"the GCS believes that {table} {number} is in state {state}"
+        unknown = [no for no in self.tasks if ("tasks", no) not in self.rows and no not in self.unrecorded]
+        assert not unknown, f"the GCS does not know tasks {unknown}"
         for process in self.processes.values():
             assert process.code is None and not process.queue, f"worker {process.client} is not idle"
         # Objects that an actor's state holds go when it has ended, and it has.

@@ -419,7 +419,7 @@ def test_a_dead_actor_s_row_still_says_where_it_lived(world: World) -> None:
     actor_id, worker = world.alive()
     world.handle(ActorKillRequested(DRIVER, actor_id, True))
     (row,) = world.node.take_rows(9.0)["actors"]
-    assert row[7:9] == (worker, 1000 + worker) and "minray.kill()" in row[-1]
+    assert row[7:9] == (worker, 1000 + worker) and "minray.kill()" in row[14]
 
 
 def test_actors_are_numbered_once(world: World) -> None:

@@ -15,7 +15,7 @@ import pytest
 import minray
 from minray import ids, state, story
 
-COMMANDS = "status ps tasks actors objects workers jobs events summary where".split()
+COMMANDS = "status ps tasks actors objects workers events summary where".split()
 
 ASK = """
 import contextlib, io, json, sys

@@ -55,7 +55,7 @@ def test_wrong_usage_is_exit_code_2_and_says_what_is_right(run):
     assert caught.value.code == 2
 
 
-@pytest.mark.parametrize("name", "actors objects workers jobs events summary status ps where".split())
+@pytest.mark.parametrize("name", "actors objects workers events summary status ps where".split())
 def test_every_view_prints_text_and_json(run, name):
     code, out, err = run(name)
     assert (code, err) == (0, "")
@@ -140,4 +140,4 @@ def test_a_closed_pipe_ends_the_command_quietly(session):  # noqa: F811
 
 
 def test_the_root_of_the_ids_is_the_job(run):
-    assert json.loads(run("jobs", "--json")[1])[0]["job_id"] == ROOT.hex()
+    assert json.loads(run("status", "--json")[1])["job"]["job_id"] == ROOT.hex()

@@ -10,7 +10,7 @@ import pytest
 
 import minray
 from minray import api, core_worker, ids
-from minray.messages import TemplateDefined
+from minray.messages import ActorLookedUp, TemplateDefined
 
 
 @pytest.mark.parametrize("next_id", ["next_task_id", "next_put_id"])
@@ -54,6 +54,19 @@ def test_a_function_that_two_threads_use_first_is_known_before_either_call(sessi
     for thread in threads:
         thread.join()
     assert results == [1, 1]
+
+
+def test_an_actor_that_was_found_too_late_is_not_kept_for_whoever_looked(session):
+    @minray.remote
+    class Named:
+        pass
+
+    actor = Named.options(name="found", namespace="here").remote()
+    minray.get(actor.__ray_ready__.remote())
+    core = api.core()
+    found = core.ask(lambda request_id: ActorLookedUp(core.client, request_id, "here", "found"))
+    core.answered_in_vain(found)  # As if get_actor() had been interrupted meanwhile.
+    assert list(core.unpinned) == [found[0]]
 
 
 @pytest.mark.parametrize("where", ["task", "actor with threads", "beside get"])

@@ -113,7 +113,7 @@ def test_what_a_page_shows_runs_and_prints_what_it_shows(page, tmp_path, monkeyp
 
 
 def docstrings():
-    for module in pkgutil.iter_modules(minray.__path__, "minray."):
+    for module in pkgutil.walk_packages(minray.__path__, "minray."):
         yield from with_examples(importlib.import_module(module.name))
     yield from with_examples(minray)
 

@@ -4,8 +4,10 @@ Each is a program of its own, so each runs in a process of its own, with a sessi
 directory of its own; what is checked is what it printed and how it ended.
 """
 
+import contextlib
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -129,3 +131,16 @@ def test_every_example_is_tested_here_and_says_what_it_shows():
     for program in programs:
         assert f'{program.name}"' in here, f"no test runs {program}"
         assert program.read_text(encoding="utf-8").startswith('"""'), f"{program} has no docstring"
+
+
+def test_a_killed_search_goes_on_where_it_was(run_example, tmp_path):
+    arguments = ("--epochs=2", f"--storage={tmp_path / 'search.sqlite'}")
+    run_example("05_resume.py", *arguments, "--die-after=7", expect_status=-9)
+    printed = run_example("05_resume.py", *arguments)
+    assert "the best of 6 is" in printed
+    assert run_example("05_resume.py", *arguments) == printed
+    with contextlib.closing(sqlite3.connect(tmp_path / "search.sqlite")) as storage:
+        runs = storage.execute("SELECT known, reused, ran FROM runs ORDER BY no").fetchall()
+    assert runs[0] == (0, None, None), "killed"
+    assert runs[1][0] >= 7 and runs[1][1] + runs[1][2] == 36
+    assert runs[2] == (36, 36, 0)

@@ -168,7 +168,7 @@ def test_the_end_of_the_driver_leaves_one_private_file_and_marks_its_job_failed(
     process.write(
         jobs=[job()],
         workers=[(1, b"w" * 16, 77, 1, 5, None, None, None), (2, b"w" * 16, 78, 2, 5, 6, "was killed", None)],
-        actors=[(1, b"a" * 16, 1, "A", None, "", 2, 1, 77, 0, 0, 0, 5, None, None)],
+        actors=[(1, b"a" * 16, 1, "A", None, "", 2, 1, 77, 0, 0, 0, 5, None, None, None, None)],
     )
     assert process.end() == 0
     assert os.listdir(tmp_path) == ["gcs.sqlite"]
@@ -273,6 +273,12 @@ def test_a_row_that_the_schema_does_not_know_is_refused(start, rows):
     assert process.wait() == 1
 
 
+def test_text_that_is_no_unicode_is_written_as_python_would_show_it(start, tmp_path):
+    process = start()
+    process.write(events=[(1, 5, "kind", "", "größer"), (2, 5, "kind", "", "half \ud800 a pair")])
+    assert ask(tmp_path / "gcs.sqlite", "SELECT message FROM events") == [("größer",), ("half \\ud800 a pair",)]
+
+
 def test_nothing_but_builtin_types_is_unpickled(start):
     ours, theirs = socket.socketpair()
     gcs.send(ours, (1, [("tasks", [(os.getcwd,)])]))
@@ -292,8 +298,13 @@ def test_ctrl_c_does_not_end_it(start):
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
+    with a_small_disk(tmp_path / "small") as directory:
+        yield directory
+
+
+@contextlib.contextmanager
+def a_small_disk(directory: Path) -> Iterator[Path]:
     """A tmpfs of 2 MiB; needs root."""
-    directory = tmp_path / "small"
     directory.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "minray-test", str(directory)]
     mounted = subprocess.run(mount, capture_output=True)

@@ -585,8 +585,8 @@ def test_a_driver_killed_by_sigkill_leaves_nothing(tmp_path, with_child):
 @pytest.mark.parametrize(
     "end, status, job_state",
     [
-        ("raise KeyError('the end')", 1, "SUCCEEDED"),
-        ("sys.exit(3)", 3, "SUCCEEDED"),
+        ("raise KeyError('the end')", 1, "FAILED"),
+        ("sys.exit(3)", 3, "FAILED"),
         ("os._exit(4)", 4, "FAILED"),
         ("os.kill(os.getpid(), 15)", -15, "FAILED"),
     ],

@@ -9,16 +9,17 @@ import pytest
 
 from minray import ids
 from minray.messages import (
-    DRIVER, AssignResources, BlockRequested, CancelRequested, CancelTask, Command, DefineFunction, DefineTemplate,
-    Event, ExitWorker, FunctionExported, KillWorker, NodeQueried, ObjectPut, ObjectsAwaited, ReferencesChanged, Reply,
+    DRIVER, ActorKillRequested, AssignResources, BlockRequested, CancelRequested, CancelTask, Command, DefineFunction, DefineTemplate,
+    Event, ExitWorker, Forget, FunctionExported, GcsStalled, HoldNext, KillWorker, NodeQueried, ObjectPut, ObjectsAwaited, ReferencesChanged, Reply,
     RequestAbandoned, RunTasks, StartWorker, TakeBack, TasksFinished, TasksReturned, TasksSubmitted, TemplateDefined,
     Ticked, Unpinned, Warn, WorkerDied, WorkerStarted,
 )  # fmt: skip
 from minray.node import Node
 from minray.node_workers import START_ATTEMPTS
-from minray.scheduler import STARVED_S
+from minray.scheduler import SILENT_S, STARVED_S
 from minray.task_spec import (
-    ACTOR_CREATION, ACTOR_METHOD, CANCELLED, ERROR, FAILED, FINISHED, OK, PENDING_ARGS_AVAIL, PENDING_NODE_ASSIGNMENT, RETRYABLE_ERROR, TASK, UNIT,
+    ACTOR_CREATION, ACTOR_METHOD, CANCELLED, DEAD, ERROR, FAILED, FINISHED, OK, PENDING_ARGS_AVAIL,
+    PENDING_NODE_ASSIGNMENT, RETRYABLE_ERROR, TASK, UNIT,
     ActorOptions, TaskOptions, TaskSpec,
 )  # fmt: skip
 
@@ -182,6 +183,15 @@ def test_tasks_that_had_only_been_handed_over_lose_no_attempt_and_keep_their_ord
     assert world.node.lineage.tasks[T2].attempt == 1
 
 
+def test_a_task_that_must_not_run_twice_is_not_run_again_when_its_result_was_lost_on_the_way() -> None:
+    world = World(max_retries=0)
+    world.submit(T1, T2, T3)
+    commands = world.handle(WorkerDied(1, "was killed with the zygote, its parent", T2))  # T1 had ended.
+    assert to_run(commands + world.handle(WorkerStarted(2, 102))) == [(2, [T3])]
+    for one in (T1, T2):
+        assert "may have run partway" in str(world.error(one))
+
+
 def test_retries_without_end_do_not_end() -> None:
     world = World(max_retries=-1)
     world.submit(T1)
@@ -323,6 +333,37 @@ def test_a_cancelled_task_that_is_given_back_is_not_run_elsewhere() -> None:
     world.submit(T1, T2)
     world.handle(CancelRequested(DRIVER, T2, False, True))
     assert world.handle(TasksReturned(1, [T2])) == []
+    assert "It had not started" in str(world.error(T2))
+
+
+def silent_worker() -> World:
+    """Worker 1 has executed T1 and executes T3; T2 and T4 had been handed to it, and T4 was given to worker 2 unasked."""
+    world = World(cpus=2)
+    world.submit(T1, T2, T3, T4)
+    world.finish(1, T1)
+    world.handle(CancelRequested(DRIVER, T2, False, True))
+    started = world.handle(WorkerStarted(2, 102))
+    assert TakeBack(1, 1) in started
+    world.now += 2 * SILENT_S
+    assert world.handle(Ticked()) == [HoldNext(1)]
+    world.now += 2 * SILENT_S
+    commands = world.handle(Ticked(executing=((1, T3),)))
+    assert Forget(1, [T4]) in commands
+    assert to_run(commands) == [(2, [T4])]
+    return world
+
+
+def test_what_a_worker_gives_back_before_it_has_read_that_others_have_it_is_not_believed() -> None:
+    world = silent_worker()
+    world.finish(1, T3)
+    assert to_run(world.handle(WorkerDied(2, "was killed by SIGKILL", T4))) == [(1, [T4])]
+    assert world.handle(TasksReturned(1, [T4], 0)) == []  # It means what it had in hand before.
+    assert world.node.lineage.tasks[T4].worker is world.node.scheduler.workers[1]
+
+
+def test_what_a_worker_gave_back_before_it_fell_silent_and_nobody_else_has_comes_back() -> None:
+    world = silent_worker()
+    world.handle(TasksReturned(1, [T2], 0))  # It was on its way when T4 was given to the other.
     assert "It had not started" in str(world.error(T2))
 
 
@@ -523,6 +564,50 @@ def test_the_node_describes_itself_in_plain_data() -> None:
     assert world.node.describe("available") == {"CPU": 1.0}
     with pytest.raises(ValueError, match="weather"):
         world.node.describe("weather")
+
+
+def make_actor(world: World, actor_id: bytes, client: int = DRIVER, parent: bytes = ROOT, **options: Any) -> list[Command]:
+    world.template(client, 2, kind=ACTOR_CREATION, max_retries=0, resources=(), checkpoint_every=5)
+    spec = TaskSpec(actor_id, 2, actor=ActorOptions("A", **options))
+    return world.handle(TasksSubmitted(client, parent, [spec]))
+
+
+def test_an_actor_that_was_refused_for_want_of_space_is_an_error_to_whoever_has_its_handle() -> None:
+    world = World()
+    world.handle(GcsStalled(DRIVER, "OutOfDiskError", "the disk is full"))
+    make_actor(world, T1, name="a", detached=True)
+    assert "the disk is full" in str(world.error(T1))
+    assert world.node.actors.find("", "a") is None
+    assert "actors" not in world.node.take_rows(world.now)
+
+
+def test_the_last_row_of_an_actor_is_not_lost_when_another_is_refused_under_its_id() -> None:
+    world = World()
+    world.submit(T1)
+    child = task_id(1, T1)
+    make_actor(world, child, 1, T1)
+    world.node.take_rows(world.now)
+    world.handle(WorkerStarted(2, 102))
+    world.handle(ActorKillRequested(DRIVER, child, True))
+    world.handle(ReferencesChanged(1, [], [child]))
+    world.handle(GcsStalled(DRIVER, "OutOfDiskError", "the disk is full"))
+    make_actor(world, child, 1, T1)  # As its parent's second attempt does.
+    (row,) = world.node.take_rows(world.now)["actors"]
+    assert (row[0], row[1], row[6]) == (1, child, DEAD)
+
+
+def test_an_actor_that_nobody_wants_any_more_is_killed_while_its_state_is_made_again() -> None:
+    world = World()
+    world.template(DRIVER, 3, kind=ACTOR_METHOD, function_id=b"", method="call", resources=())
+    make_actor(world, T1, max_restarts=-1)
+    world.finish(1, T1)
+    world.handle(TasksSubmitted(DRIVER, ROOT, [TaskSpec(T2, 3, actor_id=T1)]))
+    world.finish(1, T2)
+    world.handle(WorkerDied(1, "was killed by SIGKILL", None))
+    world.handle(WorkerStarted(2, 102))
+    assert to_run(world.finish(2, T1)) == [(2, [T2])]
+    # The call may wait for something: it would be answered by nobody.
+    assert world.handle(ReferencesChanged(DRIVER, [], [T1, T2])) == [KillWorker(2)]
 
 
 def test_who_waits_for_what_actors_hold_is_told_once() -> None:

@@ -12,7 +12,7 @@ import numpy
 import pytest
 
 import minray
-from minray import ids, lineage
+from minray import ids, lineage, story
 from minray.exceptions import ObjectLostError, ObjectReconstructionFailedError, ReplayDivergedError
 from minray.messages import (
     DRIVER, ArgumentLost, Command, ObjectLost, ObjectPut, ObjectsAwaited, ReferencesChanged, Reply, RunTasks, TasksFinished,
@@ -434,8 +434,10 @@ def test_a_put_object_whose_file_is_gone_is_an_error_that_says_so() -> None:
         ref = minray.put(numpy.ones(100_000))
         (path,) = spill([ref])
         os.unlink(path)
-        with pytest.raises(ObjectLostError, match=r"put\(\) leaves no task to replay"):
+        with pytest.raises(ObjectLostError, match=r"put\(\) leaves no task to replay") as error:
             minray.get(ref, timeout=30)
+        history = story.tell(story.story(str(error.value).split()[-1]))
+        assert "cannot be made again: put() leaves no task to replay" in "\n".join(history)
 
 
 def test_a_task_that_must_not_run_twice_is_not_replayed(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def worker_id(no: int) -> bytes:
 def task(no: int, name_no: int, task_state: int, **columns: Any) -> tuple[Any, ...]:
     """A task's row: submitted at no ms, started 1 ms later, ended 2 ms after that."""
     row: dict[str, Any] = dict.fromkeys(schema.TABLES["tasks"].columns)
+    del row["checksum"]  # The GCS's affair.
     at = T0 + no * 1000
     row |= {"no": no, "task_id": task_id(no), "parent_no": 0, "options_no": name_no, "state": task_state}
     row |= {"attempt": 0, "worker_no": 1, "submitted_us": at}
@@ -73,8 +74,8 @@ def session(tmp_path: Path) -> str:
             (2, worker_id(2), 802, 2, T0, T0 + 90_000, "killed by SIGKILL", 1),
         ],
         "actors": [
-            (1, task_id(4), 2, "Counter", "tally", "", ALIVE, 2, 802, 0, 0, 0, T0 + 4000, None, None),
-            (2, task_id(50), 2, "Counter", None, "", DEAD, 2, 9, 0, 0, 1, T0, T0 + 9000, "last handle went"),
+            (1, task_id(4), 2, "Counter", "tally", "", ALIVE, 2, 802, 0, 0, 0, T0 + 4000, None, None, None, None),
+            (2, task_id(50), 2, "Counter", None, "", DEAD, 2, 9, 0, 0, 1, T0, T0 + 9000, "last handle went", None, None),
         ],
         "objects": [
             (1, put, 0, 1, 5_000_000, 1, T0, None),
@@ -255,7 +256,7 @@ def test_the_story_of_a_task_tells_its_arguments_retries_and_end(session):
 
 def test_the_story_of_a_parent_counts_its_children_and_objects(session):
     kinds = [row.kind for row in story.story(task_id(1).hex(), session)]
-    assert kinds == ["submitted", "started", "object", "children", "finished"]
+    assert kinds == ["submitted", "started", "object", "children", "taken", "finished"]
     child = story.story(task_id(3).hex(), session)
     assert f"submitted by resize() [{ids.short(task_id(1))}]" in child[0].text
     assert child[-1].text == "is RUNNING"

@@ -1,4 +1,16 @@
-"""Ray's `util`, as far as it is here: why a value cannot be pickled, and classes pickled in a way of their own.
+"""Ray's `util`: what is built on the public interface alone, each in a small module, loaded when it is asked for.
+
+    ActorPool          actor_pool.py       work spread over actors of yours
+    Executor           executor.py         a `concurrent.futures.Executor`; the processes under the next two
+    multiprocessing    multiprocessing.py  `multiprocessing.Pool`
+    joblib             joblib/             a backend of joblib, and so of scikit-learn
+    dask               dask.py             a scheduler of Dask
+    queue              queue.py            a queue that tasks and actors share
+    as_completed       completion.py       results in the order in which they come; also map_unordered
+    metrics            metrics.py          counters, gauges, histograms
+    collective         collective.py       allreduce and its kin between processes
+    tqdm               tqdm.py             progress bars in tasks, drawn in the driver
+    state              state.py            `minray.state` under Ray's name
 
 >>> from minray.util import inspect_serializability
 >>> inspect_serializability([1, 2], name="numbers")
@@ -6,19 +18,74 @@ numbers can be serialized.
 (True, set())
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 from minray.serialization import deregister_serializer, inspect_serializability, register_serializer
 
+_WHERE = {
+    "ActorPool": "actor_pool", "Executor": "executor", "as_completed": "completion", "map_unordered": "completion",
+}  # fmt: skip
+_MODULES = (
+    "actor_pool", "collective", "completion", "dask", "executor", "joblib", "metrics", "multiprocessing", "queue",
+    "state", "tqdm",
+)  # fmt: skip
 _NOT_YET = (
-    "ActorPool", "accelerators", "actor_pool", "check_serialize", "client", "collective", "dask", "get_placement_group",
-    "iter", "joblib", "list_named_actors", "metrics", "multiprocessing", "placement_group", "placement_group_table",
-    "queue", "remove_placement_group", "scheduling_strategies", "tpu",
+    "accelerators", "client", "get_placement_group", "placement_group", "placement_group_table",
+    "remove_placement_group", "scheduling_strategies", "tpu",
 )  # fmt: skip
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"minray.util.{_WHERE[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"minray.util.{name}")
     if name in _NOT_YET:
         raise AttributeError(f"minray.util.{name} is not there yet (docs/compatibility.md says what is)")
     raise AttributeError(f"module 'minray.util' has no attribute {name!r}")
 
 
-__all__ = ["deregister_serializer", "inspect_serializability", "register_serializer"]
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_MODULES})
+
+
+def check_serialize(value: Any) -> None:
+    """Raise a TypeError that names what keeps `value` from being sent to a task, if anything does.
+
+    >>> minray.util.check_serialize({"name": "fine"})
+    """
+    from minray.serialization import serialize
+
+    serialize(value)
+
+
+def list_named_actors(all_namespaces: bool = False) -> list[Any]:
+    """The names of all live actors that have one.
+
+    Args:
+        all_namespaces: of every namespace, as ``{"name": …, "namespace": …}``; otherwise the names in this job's.
+
+    >>> @minray.remote
+    ... class Counter:
+    ...     pass
+    >>> counter = Counter.options(name="counter").remote()
+    >>> minray.util.list_named_actors()
+    ['counter']
+    """
+    from minray import api
+    from minray.task_spec import DEAD
+
+    namespace = api.core().namespace
+    found = [(name, space) for _, _, name, space, state, _ in api._query("actors") if name and state != DEAD]
+    if all_namespaces:
+        return [{"name": name, "namespace": space} for name, space in found]
+    return [name for name, space in found if space == namespace]
+
+
+__all__ = [
+    "ActorPool", "Executor", "as_completed", "check_serialize", "deregister_serializer", "inspect_serializability",
+    "list_named_actors", "map_unordered", "register_serializer",
+]  # fmt: skip
