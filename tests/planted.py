@@ -26,8 +26,8 @@ MAX_SEEDS = 1000
 
 class Hunk(NamedTuple):
     path: str  # beginning with minray/
-    before: str
-    after: str
+    before: list[str]
+    after: list[str]
 
 
 class DoesNotApply(Exception):
@@ -42,11 +42,13 @@ def parse(text: str) -> tuple[str, list[Hunk]]:
     """The prose, and the hunks."""
     prose, _, diff = text.partition("\n--- a/")
     hunks: list[Hunk] = []
-    path, before, after = "", [], []
+    path = ""
+    before: list[str] = []
+    after: list[str] = []
 
     def close() -> None:
         if before or after:
-            hunks.append(Hunk(path, "\n".join(before) + "\n", "\n".join(after) + "\n"))
+            hunks.append(Hunk(path, before[:], after[:]))
             before.clear()
             after.clear()
 
@@ -69,13 +71,13 @@ def parse(text: str) -> tuple[str, list[Hunk]]:
 def apply(hunks: list[Hunk], root: Path) -> None:
     for hunk in hunks:
         file = root / hunk.path
-        source = file.read_text()
-        found = ("\n" + source).count("\n" + hunk.before)
-        if found != 1:
-            raise DoesNotApply(f"these lines are {found} times in {hunk.path}, not once:\n{hunk.before}")
-        if hunk.before == hunk.after:
-            raise DoesNotApply(f"it changes nothing in {hunk.path}")
-        file.write_text(("\n" + source).replace("\n" + hunk.before, "\n" + hunk.after)[1:])
+        lines, length = file.read_text().splitlines(), len(hunk.before)
+        found = [at for at in range(len(lines) - length + 1) if lines[at : at + length] == hunk.before]
+        if len(found) != 1:
+            told = "\n".join(hunk.before)
+            raise DoesNotApply(f"these lines are {len(found)} times in {hunk.path}, not once:\n{told}")
+        lines[found[0] : found[0] + length] = hunk.after
+        file.write_text("\n".join(lines) + "\n")
 
 
 def search(name: str, max_seeds: int = MAX_SEEDS) -> dict[str, Any]:

@@ -1,15 +1,30 @@
 """A small world for the pure node: fake processes, virtual time, and a seed that decides everything else.
 
 `Simulation(seed).run()` lets a driver and its workers do what programs do (tasks with children,
-dependencies, objects of all sizes, actors, waits with and without a time limit, cancel, kill) while
-workers die, start badly, and the disk or the memory fails.  Messages take random time, in order for each
-process.  After every event `Node.check` looks at all of the node's tables, and the world checks what only
-it can know: that memory somebody reads is not written, that a value never changes, that an actor sees
-each caller's calls in order, and that nothing is heard from the dead.
+dependencies, objects of all sizes, actors with and without names and recovery, waits with and without a time limit,
+cancel, kill) while things go wrong:
+
+* workers die, also an actor's next one soon after the first, or do not start; the news of it may overtake what they have
+  said, or come twice;
+* they stand still (SIGSTOP, or code that holds the GIL), and neither hear nor speak meanwhile;
+* messages take random time, some very long, in order for each process;
+* objects are lost in any place, files unnoticed; memory or disk fails; checkpoints cannot be written;
+* the GCS cannot write, or is not told anything for long; the clock jumps by an hour.
+
+After an event (see seeds.py) `Node.check` looks at all of the node's tables, and the world checks what only it can know:
+
+* P1: every task comes to its end, and the GCS has been told so;
+* P2: a value never changes, and all its readers see the same (each execution makes another value, so that a second one
+  shows), unless a loss was announced; no task is executed more often than it may be, or by two at once, or again
+  when its result is known;
+* P3: the state of an actor with recovery is that of the calls that were answered, in order, each once;
+* memory that somebody reads is not written, an actor sees each caller's calls in order, the dead are not heard.
 
 A phase with faults is followed by one without; then everything must come to an end, the driver
 drops its refs, and nothing may be left.  What a task does follows from the seed and its ID alone, so its
 second attempt does the same as its first.  No set is iterated, so that a seed is a whole report.
+
+Left out: threads of actors; time passes only between events, so a process is never caught in the middle of one.
 """
 
 from __future__ import annotations
@@ -754,7 +769,7 @@ class Simulation:
         self.seen: dict[bytes, tuple[Any, Any]] = {}  # entry, and the value that readers have seen
         self.template_of: dict[tuple[int, int], int] = {}
         self.states: dict[bytes, tuple[tuple[bytes, ...], tuple[bytes, ...]]] = {}  # by checkpoint: calls, and refs
-        self.answered: dict[bytes, list[bytes]] = {}  # by actor with recovery: the calls that the node has heard the end of
+        self.answered: dict[int, list[bytes]] = {}  # by number of an actor with recovery: the calls that the node has heard the end of
         self.calls: dict[bytes, tuple[int | bytes, int]] = {}  # call -> (caller, its number in the order of submission)
         self.tasks: dict[int, Any] = {}  # every Task that the node has made, by number
         self.begun: Counter[int] = Counter()  # by number: how often a process began to execute it
@@ -1092,7 +1107,7 @@ class Simulation:
         record = self.node.scheduler.workers[process.client]
         if record.actor is None or not record.actor.task.template.options.checkpoint_every:
             return
-        answered = self.answered.setdefault(record.actor.actor_id, [])
+        answered = self.answered.setdefault(record.actor.no, [])
         for task_id, status, *_ in results:
             if task_id == record.actor.actor_id or status in (CANCELLED, ACTOR_EXITED):
                 continue
@@ -1108,13 +1123,15 @@ class Simulation:
         """No task is executed more often than its options allow, nor again when its result is known."""
         assert isinstance(process, Worker)
         record = self.node.scheduler.workers.get(process.client)
-        assert record is None or task_id in record.in_flight, f"{ids.short(task_id)} is executed, and others have it"
+        if record is None:
+            return  # It is dead or was told to end, and does not know it yet: its actor's calls have failed.
+        assert task_id in record.in_flight, f"{ids.short(task_id)} is executed, and others have it"
         task = self.tasks.get(process.numbers.get(task_id, 0))
         if task is None:
             return  # A replay of an actor's log: see check_states.
         options = task.template.options
         self.begun[task.no] += 1
-        is_exact = self.everyone[process.client].saves_after
+        is_exact = record.actor is not None and record.actor.task.template.options.checkpoint_every
         if options.kind != ACTOR_CREATION and options.max_retries >= 0 and not is_exact:
             allowed = 1 + options.max_retries
             if options.kind == TASK and options.max_retries:

@@ -321,7 +321,7 @@ def waits_for(path: str) -> str:
 
 
 @minray.remote
-class Counter_:
+class Tally:
     def __init__(self) -> None:
         self.count = 0
 
@@ -355,7 +355,7 @@ def test_a_full_disk_is_a_typed_error_and_heals(small_home, tmp_path, capfd):
     """On a disk of 2 MiB, filled to the last byte; the GCS is killed in the middle of it, too."""
     with minray.init(num_cpus=2, history=1000):
         core, gate = api._core, tmp_path / "gate"
-        actor = Counter_.remote()
+        actor = Tally.remote()
         assert minray.get(actor.add.remote()) == 1
         running = waits_for.remote(str(gate))
         path = api.flush_records()
@@ -376,7 +376,7 @@ def test_a_full_disk_is_a_typed_error_and_heals(small_home, tmp_path, capfd):
         with pytest.raises(OutOfDiskError):
             minray.get(actor.add.remote())
         with pytest.raises(OutOfDiskError):
-            minray.get(Counter_.remote().add.remote())
+            minray.get(Tally.remote().add.remote())
         # What is refused costs no memory once nobody has its refs.
         for _ in range(3000):
             square.remote(1)

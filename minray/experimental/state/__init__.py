@@ -1,0 +1,1 @@
+"""Ray's old home of the state API."""
