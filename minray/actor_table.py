@@ -62,6 +62,7 @@ class Recovery:
         self.fruitless = 0  # deaths in a row that nothing came of but a replay
         self.diverged = False  # a replay has done something else, and the user knows
         self.warned = False  # a checkpoint found no room, and the user knows
+        self.is_guests = False  # on a cluster: the actor's home is another node, which has its log
 
     def note_executed(self, call_id: bytes) -> None:
         byte, bit = divmod(ids.counter_of(call_id), 8)

@@ -65,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from minray import microbenchmark
 
         return int(microbenchmark.main(arguments[1:]) or 0)
+    if arguments[:1] == ["simulate"]:
+        from minray.simulator import report
+
+        return report.main(arguments[1:])
     options = _parser().parse_args(arguments)
     try:
         code: int = options.run(options)
@@ -129,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument("file", nargs="?", metavar="SESSION|FILE", help="default: the newest session")
     add("schema", _schema, "what every table and column of the GCS file means")
     commands.add_parser("microbenchmark", help="measure this machine", add_help=False)
+    commands.add_parser("simulate", help="run a cluster of many nodes in virtual time", add_help=False)
     return parser
 
 

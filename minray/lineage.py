@@ -43,6 +43,7 @@ from minray.task_spec import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
+    from minray.cluster_objects import Away
     from minray.scheduler import Shape, WorkerRecord
 
 
@@ -115,7 +116,9 @@ class Request:
 
 
 class ObjectEntry:
-    __slots__ = ("object_id", "data", "size", "is_error", "refs", "pins", "replays", "nested", "waiters", "task", "no")
+    __slots__ = (
+        "object_id", "data", "size", "is_error", "refs", "pins", "replays", "nested", "waiters", "task", "no", "away",
+    )  # fmt: skip
 
     def __init__(self, object_id: bytes, task: Task | None, refs: int) -> None:
         self.object_id = object_id
@@ -129,6 +132,15 @@ class ObjectEntry:
         self.waiters: list[Union[Task, Request]] | None = None
         self.task = task  # that returns it; None: put, nothing to replay
         self.no = 0  # row number in the GCS; 0: has no row of its own
+        self.away: Away | None = None  # what other nodes have to do with it, on a cluster
+
+
+    @property
+    def is_handle(self) -> bool:
+        """It stands for an actor."""
+        if self.away is not None and self.away.is_handle:
+            return True
+        return self.task is not None and self.task.spec.actor is not None and self.task.spec.task_id == self.object_id
 
 
 READY, FREED, LOST = 1, 2, 3  # of OBJECT_STATES
@@ -173,6 +185,8 @@ class Lineage:
         self._delete_file = delete_file
         self._handle_dropped = handle_dropped
         self._wanted_again = wanted_again
+        self.awaited_away: Callable[[ObjectEntry, Task | Request], None]  # set, and used, on a cluster only
+        self.away_let_go: Callable[[ObjectEntry], None]
         self.replayable: dict[bytes, Task] = {}  # the oldest first
 
     # ------------------------------------------------------------ making
@@ -191,9 +205,9 @@ class Lineage:
                 self.objects[return_id] = ObjectEntry(return_id, task, 1)
         task.live_returns = num_returns
         if spec.deps or spec.nested:
-            self._hold_arguments(task)
+            self.hold_arguments(task)
 
-    def _hold_arguments(self, task: Task) -> None:
+    def hold_arguments(self, task: Task) -> None:
         for object_id in task.spec.nested:
             self.hold(object_id)
         for object_id in task.spec.deps:
@@ -244,9 +258,12 @@ class Lineage:
                         self._request_ready(waiter)
 
     def _fill(self, entry: ObjectEntry, value: Value, now: float) -> None:
+        before = entry.nested  # On a cluster: known while the value was elsewhere.
         entry.data, entry.size, entry.nested = value
         for object_id in entry.nested:
             self.hold(object_id)
+        for object_id in before:
+            self.release(object_id)
         if type(entry.data) is int:
             self.in_arena[entry.object_id] = entry
 
@@ -264,13 +281,15 @@ class Lineage:
             return
         self.seal(entry, value, is_error, now)
         if entry.refs <= 0 and not entry.pins:
-            self._free(entry)  # It was kept for a replay, and is too large for that.
+            self.free(entry)  # It was kept for a replay, and is too large for that.
         elif type(value[0]) is not bytes and task.template.may_replay and (task.spec.deps or task.spec.nested):
             task.origins = ()
 
     # ------------------------------------------------------------ keeping
 
     def wait_for(self, entry: ObjectEntry, waiter: Task | Request) -> None:
+        if entry.away is not None:
+            self.awaited_away(entry, waiter)
         waiters = entry.waiters
         if waiters is None:
             entry.waiters = [waiter]
@@ -330,7 +349,7 @@ class Lineage:
         entry = self.objects[object_id]
         entry.replays -= 1
         if entry.refs <= 0 and not entry.pins:
-            self._free(entry)
+            self.free(entry)
 
     def release(self, object_id: bytes) -> None:
         """One reference less; free the object, and what only it kept, when that was the last."""
@@ -339,7 +358,7 @@ class Lineage:
             return  # A ref of an earlier session, or one that outlived its object's error.
         entry.refs -= 1
         if entry.refs <= 0 and not entry.pins:
-            self._free(entry)
+            self.free(entry)
 
     def release_arguments(self, task: Task) -> None:
         """The task has ended: what it needed may go, or is kept for its replay."""
@@ -348,9 +367,7 @@ class Lineage:
             self.replayable[spec.task_id] = task
             entries = [self.objects[object_id] for object_id in spec.deps + spec.nested]
             # An actor must not outlive its handles because a task that has ended was given one.
-            task.origins = tuple(
-                e.object_id for e in entries if e.task is None or e.task.template.options.kind != ACTOR_CREATION
-            )
+            task.origins = tuple(entry.object_id for entry in entries if not entry.is_handle)
             for object_id in task.origins:
                 self.objects[object_id].replays += 1
             if len(self.replayable) > MAX_REPLAYABLE:
@@ -363,11 +380,18 @@ class Lineage:
     def hold_arguments_again(self, task: Task) -> None:
         """The task is to be replayed: what it needs is kept for it as at first, and made again if need be."""
         if task.origins is not None:
-            self._hold_arguments(task)
+            self.hold_arguments(task)
             del self.replayable[task.spec.task_id]
             for object_id in task.origins:
                 self.objects[object_id].replays -= 1
             task.origins = None
+
+    def is_no_origin(self, entry: ObjectEntry) -> None:
+        """It has turned out to be a handle: see `release_arguments`."""
+        for task in self.replayable.values():
+            if entry.replays and task.origins is not None and entry.object_id in task.origins:
+                entry.replays -= task.origins.count(entry.object_id)
+                task.origins = tuple(object_id for object_id in task.origins if object_id != entry.object_id)
 
     def forget_lineage(self, task: Task) -> None:
         """It will not be replayed any more."""
@@ -394,9 +418,9 @@ class Lineage:
         entry = self.objects[object_id]
         entry.pins -= 1
         if entry.refs <= 0 and not entry.pins:
-            self._free(entry)
+            self.free(entry)
 
-    def _free(self, first: ObjectEntry) -> None:
+    def free(self, first: ObjectEntry) -> None:
         self._free_all(deque((first,)))
 
     def _free_all(self, doomed: deque[ObjectEntry]) -> None:
@@ -426,6 +450,8 @@ class Lineage:
         """The value's memory, its row, and the objects that only it kept."""
         data = entry.data
         entry.data = None
+        if entry.away is not None:
+            self.away_let_go(entry)
         if type(data) is int:
             if self.in_arena.pop(entry.object_id, None) is not None:
                 self.arena.free(data)
@@ -558,7 +584,8 @@ class Lineage:
             assert entry.pins == pinned, f"{short(object_id)}: {entry.pins} pins, not {pinned}"
             will_come = entry.task is not None and entry.task.state < FINISHED
             unwanted = entry.refs <= 0 and not entry.waiters
-            assert entry.data is not None or will_come or unwanted, f"{short(object_id)} never comes"
+            is_away = entry.away is not None
+            assert entry.data is not None or will_come or unwanted or is_away, f"{short(object_id)} never comes"
             where = self.in_arena.get(object_id) is entry, self.spilling.get(object_id) is entry
             assert sum(where) == (type(entry.data) is int), f"{short(object_id)} lies at {entry.data!r}, and {where}"
         assert not replays, "replays would miss what they need"

@@ -400,9 +400,27 @@ class DeleteFile(NamedTuple):
     path: str
 
 
+class TellNode(NamedTuple):
+    """On a cluster: send these to that node, in order; its `handle` is given them one by one."""
+
+    client: int
+    events: list[Any]
+
+
+class FetchObject(NamedTuple):
+    """On a cluster: copy the object from that node into the room given: ("block", offset, fresh) or ("file", path)."""
+
+    client: int
+    fetch_no: int
+    object_id: bytes
+    size: int
+    room: tuple[Any, ...]
+
+
 Command = Union[
     StartWorker, DefineFunction, DefineTemplate, RunTasks, AssignResources, MarkReconstructed, RestoreActor,
-    TakeBack, HoldNext, Forget, CancelTask, Reply, KillWorker, ExitWorker, DeleteFile, Warn,
+    TakeBack, HoldNext, Forget, CancelTask, Reply, KillWorker, ExitWorker, DeleteFile, Warn, TellNode,
+    FetchObject,
 ]  # fmt: skip
 
 # ---------------------------------------------------------------- values

@@ -25,13 +25,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, get_args
 
 from minray import ids
 from minray.actor_table import ActorTable
-from minray.lineage import Lineage, Task
+from minray.lineage import Lineage, ObjectEntry, Task
 from minray.messages import (
     DRIVER, Command, Event, FunctionExported, NodeQueried, ObjectPut, ReferencesChanged, TasksFinished, TemplateDefined,
     Unpinned, WorkerDied,
@@ -206,6 +206,14 @@ class Node(NodeWorkers):
 
     # ------------------------------------------------------------ for tests
 
+    def _other_nodes(self) -> Sequence[WorkerRecord]:
+        return ()
+
+    def _missing(self, entries: Iterable[ObjectEntry]) -> tuple[int, int]:
+        """How many of them a task has to wait for: at least, and at most."""
+        count = sum(entry.data is None for entry in entries)
+        return count, count
+
     def check(self, driver_refs: Mapping[bytes, int] | None = None) -> None:
         """Asserts what must hold between events; looks at everything.
 
@@ -214,7 +222,7 @@ class Node(NodeWorkers):
         scheduler.check()
         refs: Counter[bytes] = Counter(driver_refs or ())
         pins: Counter[bytes] = Counter(self.driver.pins)
-        for client in [*scheduler.workers.values(), *self._leaving.values()]:
+        for client in [*scheduler.workers.values(), *self._leaving.values(), *self._other_nodes()]:
             refs.update(client.held.keys())
             pins.update(client.pins)
         places: Counter[int] = Counter()  # by task number: in how many queues and hands it is
@@ -234,14 +242,16 @@ class Node(NodeWorkers):
                 refs.update(actor.task.spec.deps + actor.task.spec.nested)
             if actor.options.detached and actor.state != DEAD:
                 refs[actor.actor_id] += 1
-        for worker in scheduler.workers.values():
+        for worker in [*scheduler.workers.values(), *self._other_nodes()]:
             for task in worker.in_flight.values():
                 places[task.no] += 1
-                assert task.worker is worker and task.state in (SUBMITTED_TO_WORKER, RUNNING), "in hand, not running"
+                assert task.worker is not None and task.worker.client == worker.client, "in two hands"
+                assert task.state in (SUBMITTED_TO_WORKER, RUNNING), "in hand, not running"
         returns: Counter[int] = Counter(entry.task.no for entry in lineage.objects.values() if entry.task is not None)
         for task in lineage.tasks.values():
             live = task.state < FINISHED
-            if task.spec.actor is None:
+            created = self.actors.actors.get(task.spec.task_id) if task.spec.actor is not None else None
+            if created is None or created.task is not task:
                 if live and (task.spec.deps or task.spec.nested):
                     refs.update(task.spec.deps + task.spec.nested)
                 in_queue = 0 if task.state == PENDING_ARGS_AVAIL and task.spec.actor_id is None else int(live)
@@ -249,8 +259,8 @@ class Node(NodeWorkers):
                 assert stands_in == in_queue, f"{named(task)}, state {task.state}, stands in {stands_in} places"
                 assert live or task.live_returns, f"{named(task)} has ended and is kept for nothing"
             if task.state == PENDING_ARGS_AVAIL:
-                pending = sum(1 for object_id in task.spec.deps if lineage.objects[object_id].data is None)
-                assert task.missing == pending > 0, f"{named(task)} waits for {task.missing} objects, not {pending}"
+                fewest, most = self._missing([lineage.objects[object_id] for object_id in task.spec.deps])
+                assert fewest <= task.missing <= most > 0, f"{named(task)} waits for {task.missing} objects, not {most}"
             found = returns[task.no]
             assert task.live_returns == found, f"{named(task)} has {task.live_returns} live returns, not {found}"
         lineage.check(refs, pins, exact=driver_refs is not None)

@@ -63,9 +63,12 @@ class NodeActors(NodeExact):
     # ------------------------------------------------------------ calls
 
     def _call_submitted(self, task: Task, client: Client) -> None:
-        actor_id = task.spec.actor_id or b""
         in_actor = isinstance(client, WorkerRecord) and client.actor is not None
         task.caller = client.client if in_actor else task.spec.task_id[:8]  # Its siblings have that in common.
+        self._enqueue_call(task)
+
+    def _enqueue_call(self, task: Task) -> None:
+        actor_id = task.spec.actor_id or b""
         actor = self.actors.actors.get(actor_id)
         if actor is not None:
             actor.pending += 1

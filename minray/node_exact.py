@@ -135,20 +135,25 @@ class NodeExact(NodeRecovery):
         if actor is None or actor.recovery is None:
             self.lineage.drop_value(event.value)
             return
-        recovery = actor.recovery
         self.lineage.put(event.object_id, event.value, now)
-        older, recovery.checkpoint = recovery.checkpoint, event.object_id
+        self._now_starts_from(actor, actor.recovery, event.object_id, event.whole, actor.recovery.applied)
+
+    def _now_starts_from(
+        self, actor: Actor, recovery: Recovery, checkpoint: bytes, whole: bool, num_covered: int
+    ) -> None:
+        """The checkpoint is there, and held: what it covers of the log need not be executed again."""
+        older, recovery.checkpoint = recovery.checkpoint, checkpoint
         if older is not None:
             self.lineage.release(older)
         recovery.num_checkpoints += 1
         recovery.fruitless = 0
         recovery.warned = False
-        covered = recovery.log[: recovery.applied]
-        del recovery.log[: recovery.applied]
-        recovery.sent -= recovery.applied
-        recovery.applied = 0
+        covered = recovery.log[:num_covered]
+        del recovery.log[:num_covered]
+        recovery.sent -= num_covered
+        recovery.applied -= num_covered
         staying = {call.spec.task_id for call in recovery.log}
-        if not event.whole:
+        if not whole:
             staying.add(actor.actor_id)
         for call_id in list(recovery.children):
             parent = self.lineage.tasks.get(call_id)
@@ -164,27 +169,29 @@ class NodeExact(NodeRecovery):
     def handle_checkpoint_failed(self, event: CheckpointFailed, now: float) -> None:
         self._revoke(event.client, event.object_id, now)
         actor = self.scheduler.workers[event.client].actor
-        if actor is None or actor.recovery is None:
-            return
+        if actor is not None and actor.recovery is not None:
+            self._not_saved(actor, actor.recovery, event.reason, event.for_good)
+
+    def _not_saved(self, actor: Actor, recovery: Recovery, reason: str, for_good: bool) -> None:
+        now = self._now
         name = f"actor {actor.options.class_name} [{ids.short(actor.actor_id)}]"
-        recovery = actor.recovery
-        if not event.for_good:
+        if not for_good:
             if not recovery.warned:
                 recovery.warned = True
-                self._event("checkpoint_failed", actor.actor_id, event.reason.splitlines()[0], now)
+                self._event("checkpoint_failed", actor.actor_id, reason.splitlines()[0], now)
                 self.wire.append(
                     Warn(
-                        f"{name} could not save its state: {event.reason}\nThe checkpoint before, and the calls since, "
+                        f"{name} could not save its state: {reason}\nThe checkpoint before, and the calls since, "
                         f"are kept ({len(recovery.log):,} by now); it is tried again after the next calls."
                     )
                 )
             return
-        actor.unrecoverable = event.reason.splitlines()[0].rstrip(".")
+        actor.unrecoverable = reason.splitlines()[0].rstrip(".")
         actor.restarts_left = 0  # A constructor alone would silently make another state than was asked for.
         self._event("checkpoint_failed", actor.actor_id, actor.unrecoverable, now)
         self.wire.append(
             Warn(
-                f"{name} has no exact recovery any more. CheckpointError: {event.reason}\nThe actor goes on; should "
+                f"{name} has no exact recovery any more. CheckpointError: {reason}\nThe actor goes on; should "
                 "its worker die, it will not be made again."
             )
         )

@@ -64,8 +64,11 @@ class NodeRecovery(NodeTasks):
 
     def _let_wait_again(self, entry: ObjectEntry) -> None:
         """Whoever has counted the object as ready, and not used it yet.  Losses are rare: this looks at everything."""
+        waiting = list(entry.waiters or ())  # On a cluster: those that need it on this node.
         for task in self.lineage.tasks.values():
             if task.state <= PENDING_NODE_ASSIGNMENT and entry.object_id in task.spec.deps and not task.cancelled:
+                if task in waiting:
+                    continue
                 if task.state == PENDING_NODE_ASSIGNMENT and task.spec.actor_id is None:
                     self.scheduler.take_out(task)
                 task.state = PENDING_ARGS_AVAIL
@@ -75,7 +78,7 @@ class NodeRecovery(NodeTasks):
         asking: list[Client] = [self.driver, *self.scheduler.workers.values()]
         for client in asking:
             for request in client.requests.values():
-                if entry.object_id in request.object_ids:
+                if entry.object_id in request.object_ids and request not in waiting:
                     request.remaining += 1
                     self.lineage.wait_for(entry, request)
 

@@ -222,7 +222,7 @@ class Scheduler:
         new = 0
         while new < waiting and self._fits(shape):
             if not self.idle:
-                self._start_workers(min(waiting - new, self._room_for(shape)))
+                self._start_workers(min(waiting - new, self.room_for(shape)))
                 break
             self._lease(shape)
             new += 1
@@ -260,10 +260,14 @@ class Scheduler:
             if self.available.get(name, 0) < amount:
                 return False
         if not shape.resources:  # Nothing bounds it but this.
-            return shape.exclusive or self._room_for(shape) > 0
+            return shape.exclusive or self.room_for(shape) > 0
         return not shape.num_gpus or self._choose_gpus(shape.num_gpus) is not None
 
-    def _room_for(self, shape: Shape) -> int:
+    def could_lease(self, shape: Shape) -> bool:
+        """Whether its resources are free just now."""
+        return self._fits(shape)
+
+    def room_for(self, shape: Shape) -> int:
         """How many more workers the free resources allow for this shape."""
         if not shape.resources:
             return max(8, 4 * self.pool_size) - sum(1 for w in shape.leased.values() if not w.blocked)

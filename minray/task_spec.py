@@ -101,3 +101,6 @@ class TaskSpec:
         return (
             self.task_id, self.template_no, self.args, self.deps, self.nested, self.actor_id, self.actor, self.digest,
         )  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"TaskSpec{self.to_wire()}"

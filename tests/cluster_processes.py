@@ -1,0 +1,947 @@
+"""Fake processes for worlds of several nodes (cluster_simulation.py): an earlier form of those in simulation.py.
+
+What `simulation.py` has learned since (stalls, clocks that jump, stamps of values) it has learned for one node alone; the two
+are to be made one again.
+
+A small world for the pure node: fake processes, virtual time, and a seed that decides everything else.
+
+`Simulation(seed).run()` lets a driver and its workers do what programs do (tasks with children,
+dependencies, objects of all sizes, actors, waits with and without a time limit, cancel, kill) while
+workers die, start badly, and the disk or the memory fails.  Messages take random time, in order for each
+process.  After every event `Node.check` looks at all of the node's tables, and the world checks what only
+it can know: that memory somebody reads is not written, that a value never changes, that an actor sees
+each caller's calls in order, and that nothing is heard from the dead.
+
+A phase with faults is followed by one without; then everything must come to an end, the driver
+drops its refs, and nothing may be left.  What a task does follows from the seed and its ID alone, so its
+second attempt does the same as its first.  No set is iterated, so that a seed is a whole report.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import itertools
+import pickle
+from collections import Counter, deque
+from collections.abc import Callable, Generator
+from random import Random
+from typing import Any
+
+from minray import ids
+from minray.messages import (
+    DRIVER, ActorKillRequested, ArgumentLost, Command, DeleteFile, Event, HoldNext, KillWorker, ObjectLost, ObjectPut, ReferencesChanged, Reply, StartWorker, TasksFinished, TasksSubmitted,
+    Ticked, Warn, WorkerDied, WorkerStarted, event_from_wire,
+)  # fmt: skip
+from minray.node import Node
+from minray.reference_counter import ReferenceCounter, References
+from minray.task_spec import (
+    ACTOR_CREATION, ACTOR_EXITED, ACTOR_METHOD, CANCELLED, ERROR, FAILED, FINISHED, OK, RETRYABLE_ERROR, TASK, UNIT, ActorOptions,
+    TaskOptions, TaskSpec,
+)  # fmt: skip
+
+CPU, HALF, GPU, LICENSE, ROOM = ("CPU", UNIT), ("CPU", UNIT // 2), ("GPU", UNIT // 2), ("license", UNIT), ("room", UNIT)
+FUNCTION = b"f" * 16
+
+PLAIN, TWO, FREE, SMALL, LICENSED, ON_GPU, NOTHING, IMPOSSIBLE, ACTOR, HUNGRY, CALL, LASTING_CALL, NO_ACTOR, EXACT, OWN_WAY, RETRIED_CALL = range(16)
+TEMPLATES = [
+    TaskOptions(TASK, FUNCTION, "plain", resources=(CPU,)),
+    TaskOptions(TASK, FUNCTION, "two", num_returns=2, resources=(CPU,), max_retries=1),
+    TaskOptions(TASK, FUNCTION, "free", resources=()),
+    TaskOptions(TASK, FUNCTION, "small", resources=(HALF,), max_retries=0, retry_exceptions=True),
+    TaskOptions(TASK, FUNCTION, "licensed", resources=(CPU, LICENSE), max_retries=-1, retry_exceptions=True),
+    TaskOptions(TASK, FUNCTION, "on_gpu", resources=(GPU,)),
+    TaskOptions(TASK, FUNCTION, "nothing", num_returns=0, resources=(CPU,)),
+    TaskOptions(TASK, FUNCTION, "impossible", resources=(("CPU", 999 * UNIT),)),
+    TaskOptions(ACTOR_CREATION, FUNCTION, "A.__init__", max_retries=0),
+    TaskOptions(ACTOR_CREATION, FUNCTION, "B.__init__", resources=(ROOM,), max_retries=0),
+    TaskOptions(ACTOR_METHOD, b"", "A.call", method="call", max_retries=0),
+    TaskOptions(ACTOR_METHOD, b"", "A.lasting", method="call", max_retries=2),
+    TaskOptions(ACTOR_CREATION, FUNCTION, "C.__init__", resources=(("CPU", 999 * UNIT),), max_retries=0),
+    TaskOptions(ACTOR_CREATION, FUNCTION, "D.__init__", max_retries=0, checkpoint_every=1),
+    TaskOptions(ACTOR_CREATION, FUNCTION, "E.__init__", max_retries=0, checkpoint_every=3),
+    TaskOptions(ACTOR_METHOD, b"", "A.retried", method="call", max_retries=3, retry_exceptions=True),
+]
+BLOCKING = (PLAIN, TWO, FREE, SMALL, CALL, LASTING_CALL, RETRIED_CALL)
+"""Kinds of task that may wait: what they hold is lent meanwhile, so that others can go on."""
+
+NOT_STARTED, SAVED = -1, -2
+TIMED_OUT = object()
+INTERRUPTED = object()
+Body = Generator[tuple[Any, ...], Any, tuple[int, Any]]
+
+
+class Context:
+    """A task in a fake process: what its code can do, and the refs and views that its variables hold."""
+
+    def __init__(self, process: Process, task_id: bytes) -> None:
+        self.process = process
+        self.sim = process.sim
+        self.task_id = task_id
+        digest = hashlib.blake2b(task_id, digest_size=8, key=b"%d" % self.sim.seed).digest()
+        self.rng = Random(int.from_bytes(digest, "big"))
+        self.prefix = ids.children_prefix(task_id)
+        self.children = itertools.count(1)
+        self.puts = itertools.count(1)
+        self.refs: list[bytes] = []  # of values
+        self.own: list[bytes] = []  # those of them that it has made
+        # What a method waits for must not need its actor: so it, and what it submits, uses only its own, and calls nobody.
+        self.secluded = process.actor_id is not None or task_id in self.sim.secluded
+        self.handles: list[bytes] = []  # of actors
+        self.views: list[tuple[bytes, Any]] = []
+        self.depth = self.sim.depth.get(task_id, 0)
+
+    def submit(self, template: int, actor_id: bytes | None = None, actor: ActorOptions | None = None) -> None:
+        rng, process = self.rng, self.process
+        deps, nested = (), ()
+        usable = self.usable()
+        if usable and rng.random() < 0.5:
+            deps = tuple(rng.sample(usable, min(len(usable), rng.choice((1, 1, 2)))))
+        if self.refs and rng.random() < 0.3:
+            nested = (rng.choice(self.refs),)
+        if self.handles and actor_id is None and rng.random() < 0.4:
+            nested += (rng.choice(self.handles),)
+        task_id = ids.pack_id(self.prefix, next(self.children), 0)
+        self.sim.depth[task_id] = self.depth + 1
+        if self.secluded and task_id not in self.sim.secluded:
+            self.sim.secluded.append(task_id)
+        spec = TaskSpec(task_id, template, pickle.dumps(nested), deps, nested, actor_id, actor)
+        process.submit(self.task_id, spec)
+        for index in range(TEMPLATES[template].num_returns):
+            object_id = ids.return_id(task_id, index)
+            process.references.adopt(object_id)
+            if actor is not None:
+                self.handles.append(object_id)
+            else:
+                self.refs.append(object_id)
+                self.own.append(object_id)
+
+    def usable(self) -> list[bytes]:
+        return [ref for ref in self.own if ref in self.refs] if self.secluded else self.refs
+
+    def hold(self, object_ids: tuple[bytes, ...]) -> None:
+        """Refs that came out of an argument or a value."""
+        for object_id in object_ids:
+            self.process.references.born.append(object_id)
+            (self.handles if object_id in self.sim.actor_ids else self.refs).append(object_id)
+
+    def drop(self, object_id: bytes) -> None:
+        (self.handles if object_id in self.handles else self.refs).remove(object_id)
+        self.process.references.dropped.append(object_id)
+
+    def read(self, fetched: tuple[Any, int, bool, bytes]) -> Generator[tuple[Any, ...], Any, bool]:
+        """Take a value in: its refs are held, its memory is in view.  False: it is an error."""
+        while self.is_lost(fetched):
+            data, _, _, object_id = fetched
+            self.process.unpinned.append(object_id)
+            self.process.send("ObjectLost", object_id, data, "its file is gone", 0)
+            answer = yield ("await", [object_id], 1, True, None)
+            (fetched,) = self.process.fetched([object_id], answer)
+        data, _, is_error, object_id = fetched
+        self.sim.saw(object_id, data)
+        if is_error:
+            return False
+        if type(data) is bytes:
+            self.hold(pickle.loads(data)[1])
+        else:
+            self.views.append((object_id, data))
+            self.process.look_at(data, +1)
+            self.hold(self.sim.contents[object_id])
+        return True
+
+    def is_lost(self, fetched: tuple[Any, int, bool, bytes]) -> bool:
+        return fetched[0] in self.sim.lost_files
+
+    def with_arguments(self, values: list[Any], args: bytes, template: int) -> Body:
+        """A task: its arguments are taken in, then its body runs."""
+        unread = iter(values)
+        try:
+            for item in unread:
+                if self.is_lost(item) and self.process.actor_id is None:
+                    self.process.unpinned.append(item[3])
+                    return NOT_STARTED, (item[3], item[0])
+                if not (yield from self.read(item)):
+                    return ERROR, (b"error", "argument failed")  # The task does not run.
+        finally:  # What else was pinned for it is let go.
+            self.process.unpinned += [item[3] for item in unread if type(item[0]) is not bytes]
+        self.hold(pickle.loads(args))
+        return (yield from self.body(template))
+
+    def close_view(self) -> None:
+        object_id, data = self.views.pop()
+        self.process.look_at(data, -1)
+        self.process.unpinned.append(object_id)
+
+    def close(self) -> None:
+        while self.views:
+            self.close_view()
+        for object_id in self.refs + self.handles:
+            self.process.references.dropped.append(object_id)
+        self.refs, self.handles = [], []
+
+    def store(self, object_id: bytes, nested: tuple[bytes, ...]) -> Generator[tuple[Any, ...], Any, Any]:
+        """A `Value`: small ones travel inside the message, others need a block, others' spilling, or a file."""
+        rng, sim = self.rng, self.sim
+        if rng.random() < 0.6:
+            return (pickle.dumps((object_id, nested)), 10, nested)
+        size = rng.choice((70_000, 100_000, 150_000))
+        self.process.room_for = object_id
+        sim.contents[object_id] = nested
+        answer = yield ("ask", "BlockRequested", object_id, size)
+        while True:
+            if answer[0] == "block":
+                if answer[2] and sim.faulty and sim.rng.random() < 0.02:
+                    answer = yield ("ask", "BlockRefused", object_id, answer[1], size)
+                    continue
+                sim.write(answer[1], object_id)
+                return (answer[1], size, nested)
+            if answer[0] == "file":
+                sim.files[answer[1]] = object_id
+                return (answer[1], size, nested)
+            spilled = []
+            for victim, offset, _, path in answer[1]:
+                assert sim.memory[offset] == victim
+                if sim.faulty and sim.rng.random() < 0.1:
+                    path = ""
+                else:
+                    sim.files[path] = victim
+                spilled.append((victim, path))
+            answer = yield ("ask", "BlocksSpilled", spilled, object_id, size)
+
+    def put(self) -> Generator[tuple[Any, ...], Any, None]:
+        object_id = ids.put_id(self.task_id, next(self.puts))
+        nested = (self.rng.choice(self.refs),) if self.refs and self.rng.random() < 0.4 else ()
+        self.process.references.adopt(object_id)
+        self.refs.append(object_id)
+        self.own.append(object_id)
+        value = yield from self.store(object_id, nested)
+        self.process.send("ObjectPut", object_id, value)
+
+    # ------------------------------------------------------------ what tasks do
+
+    def body(self, template: int) -> Body:
+        options, rng = TEMPLATES[template], self.rng
+        in_actor = self.process.actor_id is not None
+        yield ("compute", rng.choice((0.0001, 0.0005, 0.003, 0.05)))
+        yield from self.steps(rng.choice((0, 0, 1, 3, 5)), template in BLOCKING, not self.secluded)
+        chance = rng.random()
+        if options.retry_exceptions and self.sim.rng.random() < 0.3:
+            return RETRYABLE_ERROR, (b"error", "it raised")
+        if chance < 0.05:
+            return ERROR, (b"error", "it raised")
+        if in_actor and chance > 0.97 and self.sim.faulty:
+            return ACTOR_EXITED, (b"", "exit_actor() was called")
+        if options.num_returns == 1 and rng.random() < 0.6:
+            return OK, pickle.dumps((self.task_id, ()))
+        values = []
+        for index in range(options.num_returns):
+            nested = (rng.choice(self.refs),) if self.refs and rng.random() < 0.5 else ()
+            values.append((yield from self.store(ids.return_id(self.task_id, index), nested)))
+        if values and chance > 0.93:
+            return ERROR, (b"error", "one of the values cannot be pickled")
+        return OK, values
+
+    def steps(self, count: int, may_block: bool, may_call: bool) -> Generator[tuple[Any, ...], Any, None]:
+        rng, process = self.rng, self.process
+        for _ in range(count):
+            what = rng.random()
+            if what < 0.3 and self.depth < 3:
+                for _ in range(rng.choice((1, 1, 2, 5))):
+                    self.submit(rng.choice((PLAIN, PLAIN, PLAIN, PLAIN, TWO, FREE, SMALL, LICENSED, ON_GPU, NOTHING, IMPOSSIBLE)))
+            elif what < 0.38:
+                yield from self.put()
+            elif what < 0.46 and may_call and self.depth < 2:
+                self.make_actor()
+            elif what < 0.68 and may_call and self.handles:
+                handle = rng.choice(self.handles)
+                for _ in range(rng.choice((1, 4, 8))):
+                    self.submit(rng.choice((CALL, CALL, LASTING_CALL, LASTING_CALL, RETRIED_CALL)), handle)
+            elif what < 0.84 and may_block and (usable := self.usable()):
+                yield from self.wait(rng.sample(usable, rng.randint(1, min(3, len(usable)))))
+            elif what < 0.91 and self.refs:
+                process.send("CancelRequested", rng.choice(self.refs), rng.random() < 0.3, rng.random() < 0.5)
+            elif what < 0.93 and self.handles and may_call:
+                process.send("ActorKillRequested", rng.choice(self.handles), rng.random() < 0.5)
+            elif what < 0.97 and self.refs:
+                self.drop(rng.choice(self.refs))
+            elif self.views:
+                self.close_view()
+            if rng.random() < 0.5:
+                yield ("compute", rng.choice((0.0001, 0.002, 0.01)))
+
+    def make_actor(self) -> None:
+        sim, rng = self.sim, self.rng
+        template = rng.choice((ACTOR, ACTOR, ACTOR, HUNGRY, HUNGRY, NO_ACTOR, EXACT, OWN_WAY, OWN_WAY))
+        restarts = (2, -1) if TEMPLATES[template].checkpoint_every else (0, 1, 1, -1)
+        options = ActorOptions("A", max_restarts=rng.choice(restarts), detached=rng.random() < 0.1)
+        self.submit(template, None, options)
+        sim.actor_ids[self.handles[-1]] = options.detached
+
+    def wait(self, object_ids: list[bytes]) -> Generator[tuple[Any, ...], Any, None]:
+        rng = self.rng
+        fetch = rng.random() < 0.6
+        num_ready = len(object_ids) if fetch else rng.randint(1, len(object_ids))
+        answer = yield ("await", object_ids, num_ready, fetch, rng.choice((None, None, 0.0005, 0.02)))
+        if answer is not TIMED_OUT and fetch:
+            for fetched in self.process.fetched(object_ids, answer):
+                yield from self.read(fetched)
+
+
+class Process:
+    """What the driver and a worker have in common: they count refs, ask, and send in order."""
+
+    def __init__(self, sim: Simulation, client: int) -> None:
+        self.sim = sim
+        self.client = client
+        self.references: References = ReferenceCounter()
+        self.out: list[tuple[Any, ...]] = []
+        self.unpinned: list[bytes] = []
+        self.specs: list[Any] = []
+        self.parent = b""
+        self.results: list[tuple[Any, ...]] = []
+        self.looks: Counter[Any] = Counter()
+        self.known: list[int] = []
+        self.context: Context | None = None
+        self.code: Generator[tuple[Any, ...], Any, Any] | None = None
+        self.waits_for: tuple[str, int] | None = None
+        self.requests = itertools.count(1)
+        self.room_for: bytes | None = None
+        self.actor_id: bytes | None = None
+        self.dead = False
+
+    def submit(self, parent: bytes, spec: TaskSpec) -> None:
+        if spec.template_no not in self.known:
+            self.known.append(spec.template_no)
+            options = TEMPLATES[spec.template_no]
+            if options.function_id:
+                self.out.append(("FunctionExported", FUNCTION, b"code", "f", "m", None))
+            self.out.append(("TemplateDefined", spec.template_no, tuple(options)))
+        if parent != self.parent:
+            self.collect()
+            self.parent = parent
+        self.specs.append(spec.to_wire())
+
+    def send(self, *message: Any) -> None:
+        self.collect()
+        self.out.append(message)
+
+    def collect(self) -> None:
+        if self.specs:
+            self.out.append(("TasksSubmitted", self.parent, self.specs))
+            self.specs = []
+
+    def look_at(self, data: Any, change: int) -> None:
+        self.looks[data] += change
+
+    def flush(self) -> None:
+        """One frame, in the order of `Worker.flush`."""
+        if self.dead:
+            return
+        references = self.references
+        self.collect()
+        messages, self.out = self.out, []
+        acquired = references.count_born()
+        if acquired:
+            messages.insert(0, ("ReferencesChanged", acquired, []))
+        if self.results:
+            messages.append(("TasksFinished", self.results))
+            self.results = []
+        released = references.count_dropped(len(references.dropped))
+        if released:
+            messages.append(("ReferencesChanged", [], released))
+        if self.unpinned:
+            messages.append(("Unpinned", self.unpinned))
+            self.unpinned = []
+        if messages:
+            self.transmit(messages)
+
+    def transmit(self, messages: list[tuple[Any, ...]]) -> None:
+        raise NotImplementedError
+
+    def fetched(self, object_ids: list[bytes], answer: Any) -> list[Any]:
+        raise NotImplementedError
+
+    def ended(self, outcome: Any) -> None:
+        raise NotImplementedError
+
+    def go_on(self, answer: Any) -> None:
+        """Run the code to where it next has to wait."""
+        self.waits_for = None
+        assert self.code is not None
+        try:
+            if answer is INTERRUPTED:
+                self.code.close()
+                raise StopIteration((CANCELLED, (b"", "cancelled")))
+            request = self.code.send(answer)
+        except StopIteration as stop:
+            self.code = None
+            self.ended(stop.value)
+            return
+        number = next(self.requests)
+        self.waits_for = (request[0], number)
+        if request[0] == "compute":
+            self.sim.after(request[1] * self.sim.rng.uniform(0.5, 2), self.computed, number)
+            if self.results or self.specs or self.out:
+                self.sim.after(0.005, self.flush)
+            return
+        if request[0] == "await":
+            _, object_ids, num_ready, fetch, timeout = request
+            self.about_to_wait()
+            self.send("ObjectsAwaited", number, object_ids, num_ready, fetch, self.client != DRIVER)
+            if timeout is not None:
+                self.sim.after(timeout, self.time_out, number)
+        else:
+            self.send(request[1], number, *request[2:])
+        self.flush()
+
+    def about_to_wait(self) -> None:
+        pass
+
+    def computed(self, number: int) -> None:
+        if not self.dead and self.waits_for == ("compute", number):
+            self.go_on(None)
+
+    def time_out(self, number: int) -> None:
+        if not self.dead and self.waits_for == ("await", number):
+            self.send("RequestAbandoned", number)
+            self.flush()
+            self.go_on(TIMED_OUT)
+
+    def on_Reply(self, request_id: int, answer: Any) -> None:
+        if self.waits_for is not None and self.waits_for[1] == request_id:
+            self.go_on(answer)
+        elif type(answer) is list:  # Too late: what was pinned for it is let go.
+            self.unpinned += [item[3] for item in answer if type(item) is tuple and type(item[0]) is not bytes]
+            self.flush()
+
+
+class Driver(Process):
+    def __init__(self, sim: Simulation) -> None:
+        super().__init__(sim, DRIVER)
+        self.references = References()
+        self.held: Counter[bytes] = Counter()  # what it has told the node
+
+    def transmit(self, messages: list[tuple[Any, ...]]) -> None:
+        for message in messages:
+            self.sim.handle(event_from_wire(DRIVER, message))
+
+    def on_Reply(self, request_id: int, answer: Any) -> None:
+        if self.waits_for is not None and self.waits_for[1] == request_id:
+            # From the loop, not from inside the node's answer.
+            self.sim.after(0.0, self.answered, request_id, answer)
+
+    def answered(self, request_id: int, answer: Any) -> None:
+        if self.waits_for is not None and self.waits_for[1] == request_id:
+            self.go_on(answer)
+
+    def fetched(self, object_ids: list[bytes], answer: Any) -> list[Any]:
+        objects = self.sim.node.objects
+        return [self.sim.node.fetch_for_driver(i) for i in object_ids if objects[i].data is not None]
+
+    def ended(self, outcome: Any) -> None:
+        self.flush()
+
+    def main(self) -> Body:
+        context, sim = self.context, self.sim
+        assert context is not None
+        for _ in range(sim.rng.choice((4, 8, 16))):
+            yield from context.steps(1, True, True)
+            self.flush()
+        sim.faulty = False
+        # Everything must resolve now.
+        while waiting := [i for i in context.refs if sim.node.objects[i].data is None]:
+            yield ("await", waiting, len(waiting), False, None)
+        context.close()
+        return OK, None
+
+
+class Worker(Process):
+    def __init__(self, sim: Simulation, client: int) -> None:
+        super().__init__(sim, client)
+        self.queue: deque[tuple[Any, ...]] = deque()
+        self.running: bytes | None = None  # the black box
+        self.held = False  # starts nothing before it is told what to forget
+        self.forgets = 0
+        self.exiting = self.over = False
+        self.started_s = 0.0
+        self.heard_at = self.spoken_at = 0.0
+        self.actor_refs: list[bytes] = []
+        self.last_call: dict[bytes, int] = {}  # by caller: the number of the last call that ran here
+        self.state: list[bytes] = []  # of an actor: the calls that it has executed, in this life and those before
+        self.ends: deque[tuple[bytes, tuple[bytes, ...]]] = deque()  # calls not yet answered, and the state after each
+        self.restored: tuple[int, Any] | None = None
+        self.checkpoints = self.unsaved = 0
+        self.saves_after = 0  # so many calls; 0: never
+
+    def transmit(self, messages: list[tuple[Any, ...]]) -> None:
+        self.spoken_at = max(self.spoken_at, self.sim.now + self.sim.delay())
+        self.sim.at(self.spoken_at, self.sim.hear, self, messages)
+
+    def receive(self, messages: list[Command]) -> None:
+        for message in messages:
+            if not self.dead:
+                getattr(self, "on_" + type(message).__name__)(*message[1:])
+
+    def on_DefineFunction(self, function_id: bytes, pickled: bytes) -> None:
+        assert function_id == FUNCTION and pickled == b"code"
+
+    def on_DefineTemplate(self, template_no: int, options: TaskOptions) -> None:
+        self.sim.template_of[(self.client, template_no)] = TEMPLATES.index(options)
+
+    def on_AssignResources(self, num_cpus: float, gpu_ids: tuple[int, ...], resources: dict[str, float]) -> None:
+        pass
+
+    def on_RunTasks(self, tasks: list[tuple[Any, ...]]) -> None:
+        for task in tasks:
+            for item in task[3] or ():
+                assert item is not None, "a dependency was handed over before it was ready"
+        self.queue.extend(tasks)
+        if self.is_blocked() and self.actor_id is None:
+            self.on_TakeBack(len(self.queue))
+        self.next()
+
+    def is_blocked(self) -> bool:
+        return self.waits_for is not None and self.waits_for[0] == "await"
+
+    def on_TakeBack(self, count: int) -> None:
+        taken = []
+        while self.queue and len(taken) < count:
+            taken.append(self.queue.pop())
+        self.give_back(taken[::-1])
+
+    def give_back(self, tasks: list[tuple[Any, ...]]) -> None:
+        self.send("TasksReturned", [task[0] for task in tasks], self.forgets)
+        self.flush()
+
+    def on_Forget(self, task_ids: list[bytes]) -> None:
+        staying = [task for task in self.queue if task[0] not in task_ids]
+        self.queue.clear()
+        self.queue.extend(staying)
+        self.held = False
+        self.forgets += bool(task_ids)
+        self.next()
+
+    def on_CancelTask(self, task_id: bytes) -> None:
+        for task in self.queue:
+            if task[0] == task_id:
+                self.queue.remove(task)
+                self.unpinned += [item[3] for item in task[3] or () if type(item[0]) is not bytes]
+                self.results.append((task_id, CANCELLED, (b"", "cancelled"), self.sim.now, self.sim.now))
+                self.flush()
+                return
+        if self.running == task_id and self.actor_id is None and self.code is not None and self.waits_for is not None:
+            kind, number = self.waits_for
+            if kind == "await":
+                self.send("RequestAbandoned", number)
+            elif kind == "ask":
+                self.send("RequestAbandoned", number)
+                self.send("RoomAbandoned", self.room_for)
+            self.go_on(INTERRUPTED)
+
+    def on_MarkReconstructed(self) -> None:
+        pass
+
+    def on_RestoreActor(self, number: int, checkpoint: Any) -> None:
+        self.restored = (number, checkpoint)
+
+    def restore(self, whole: bool, constructor: Body) -> Body:
+        """The constructor, unless the state replaces it, and then the state."""
+        if self.restored is None:
+            return (yield from constructor)
+        self.checkpoints, (data, _, is_error, object_id) = self.restored
+        assert self.context is not None
+        if type(data) is not bytes:
+            self.unpinned.append(object_id)
+        if self.context.is_lost((data, 0, is_error, object_id)):
+            return ERROR, (b"error", "its checkpoint is lost")
+        self.sim.saw(object_id, data)
+        if is_error:
+            return ERROR, (b"error", "its checkpoint was lost")
+        if whole:
+            yield ("compute", 0.001)
+        else:
+            outcome = yield from constructor
+            if outcome[0] != OK:
+                return outcome
+        state, refs = self.sim.states[object_id]
+        self.state = list(state)
+        self.references.born += refs
+        self.actor_refs += refs
+        return OK, pickle.dumps((self.actor_id, ()))
+
+    def save(self) -> Body:
+        sim, context = self.sim, self.context
+        assert self.actor_id is not None and context is not None
+        object_id = ids.checkpoint_id(self.actor_id, self.checkpoints + 1)
+        chance = sim.rng.random() if sim.faulty else 1.0
+        if chance < 0.1:
+            return SAVED, ("CheckpointFailed", object_id, "no room", False)
+        if chance < 0.12:
+            self.saves_after = 0
+            return SAVED, ("CheckpointFailed", object_id, "cannot be saved", True)
+        sim.states[object_id] = tuple(self.state), tuple(self.actor_refs)
+        value = yield from context.store(object_id, tuple(dict.fromkeys(self.actor_refs)))
+        self.checkpoints += 1
+        return SAVED, ("CheckpointTaken", object_id, value, self.saves_after == 1)
+
+    def saved(self, message: tuple[Any, ...]) -> None:
+        """Behind the results that are in it, in one frame."""
+        self.collect()
+        if self.results:
+            self.out.append(("TasksFinished", self.results))
+            self.results = []
+        self.out.append(message)
+        self.context = None
+        self.flush()
+        self.sim.after(0.0, self.next)
+
+    def on_ExitWorker(self) -> None:
+        self.exiting = True
+        if self.code is not None and self.running is None:  # What it saves is of no use any more.
+            self.code.close()
+            self.code = self.waits_for = None
+        self.next()
+
+    def about_to_wait(self) -> None:
+        if self.actor_id is None and self.queue:
+            self.on_TakeBack(len(self.queue))
+
+    def next(self) -> None:
+        if self.code is not None or self.dead or self.held:
+            return
+        if not self.queue or self.over:
+            self.flush()
+            if self.exiting or self.over:
+                self.sim.die(self, "exited")
+            return
+        task_id, template_no, args, values, _ = self.queue.popleft()
+        template = self.sim.template_of[(self.client, template_no)]
+        options = TEMPLATES[template]
+        self.running = task_id
+        self.started_s = self.sim.now
+        context = self.context = Context(self, task_id)
+        if options.kind == ACTOR_CREATION:
+            self.actor_id = task_id
+            self.saves_after = options.checkpoint_every
+        elif options.kind == ACTOR_METHOD:
+            self.sim.call_runs(self, task_id, options.retry_exceptions is True)
+        else:
+            assert self.actor_id is None, "a plain task was sent to an actor"
+        self.code = context.with_arguments(values or [], args, template)
+        if options.kind == ACTOR_CREATION and options.checkpoint_every:
+            self.code = self.restore(options.checkpoint_every == 1, self.code)
+        self.go_on(None)
+
+    def ended(self, outcome: Any) -> None:
+        status, payload = outcome
+        if status == SAVED:
+            self.saved(payload)
+            return
+        context = self.context
+        assert context is not None
+        if self.actor_id is not None and context.refs and context.rng.random() < 0.3 and status == OK:
+            self.actor_refs.append(context.refs.pop())  # Kept in the actor's state.
+        if status == NOT_STARTED:
+            self.send("ArgumentLost", self.running, *payload, "its file is gone")
+        else:
+            self.results.append((self.running, status, payload, self.started_s, self.sim.now))
+        called = self.running is not None and self.actor_id not in (None, self.running)
+        if called and status not in (CANCELLED, ACTOR_EXITED):
+            self.state.append(self.running)  # type: ignore[arg-type]
+            self.ends.append((self.running, tuple(self.state)))  # type: ignore[arg-type]
+            self.unsaved += 1
+        self.running = None
+        self.context = None
+        self.over = self.over or status == ACTOR_EXITED
+        context.close()
+        if self.saves_after and self.unsaved >= self.saves_after and not self.over:
+            self.unsaved = 0
+            self.context = Context(self, self.actor_id or b"")
+            self.code = self.save()
+            self.go_on(None)
+            return
+        if not (self.queue and self.queue[0][4] and self.sim.rng.random() < 0.8):
+            self.flush()
+        self.sim.after(0.0, self.next)
+
+    def fetched(self, object_ids: list[bytes], answer: Any) -> list[Any]:
+        assert len(answer) == len(object_ids)
+        return [item for item in answer if item is not None]
+
+
+class Simulation:
+    def __init__(self, seed: int, keep_trace: bool = False, check_every: int = 1) -> None:
+        self.seed = seed
+        self.rng = Random(seed)
+        self.now = 1000.0
+        self.faulty = True
+        self.events = 0
+        self.check_every = check_every
+        self.trace = hashlib.blake2b(digest_size=16) if keep_trace else None
+        self.story: deque[str] = deque(maxlen=4000) if keep_trace else deque(maxlen=0)
+        self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._ties = itertools.count()
+        self._tick_at: float | None = None
+        self.depth: dict[bytes, int] = {}
+        self.secluded: list[bytes] = []
+        self.actor_ids: dict[bytes, bool] = {}
+        self.contents: dict[bytes, tuple[bytes, ...]] = {}
+        self.memory: dict[int, bytes] = {}  # offset -> the object whose bytes lie there
+        self.files: dict[str, bytes] = {}
+        self.lost_files: dict[str, bytes] = {}
+        self.committed: dict[bytes, tuple[Any, Any, bool]] = {}  # entry, data, is it an error
+        self.template_of: dict[tuple[int, int], int] = {}
+        self.states: dict[bytes, tuple[tuple[bytes, ...], tuple[bytes, ...]]] = {}  # by checkpoint: calls, and refs
+        self.answered: dict[bytes, list[bytes]] = {}  # by actor with recovery: the calls that the node has heard the end of
+        self.calls: dict[bytes, tuple[int | bytes, int]] = {}  # call -> (caller, its number in the order of submission)
+        self.tasks: dict[int, Any] = {}  # every Task that the node has made
+        self.root = ids.root_task_id(b"%d" % seed)
+        cpus = self.rng.choice((1, 1, 2, 3))
+        resources = {"CPU": cpus * UNIT, "license": UNIT, "GPU": self.rng.choice((1, 2)) * UNIT, "room": 99 * UNIT}
+        self.node = Node(resources, self.rng.choice((200_000, 300_000, 10_000_000)), lambda i: "/spill/" + i.hex())
+        self.processes: dict[int, Worker] = {}
+        self.graves: dict[int, Worker] = {}
+        self.driver = Driver(self)
+        self.driver.context = Context(self.driver, self.root)
+        self.carry_out(self.node.start_workers(cpus))
+
+    # ------------------------------------------------------------ time
+
+    def at(self, when: float, what: Callable[..., None], *args: Any) -> None:
+        heapq.heappush(self._heap, (when, next(self._ties), what, args))
+
+    def after(self, delay: float, what: Callable[..., None], *args: Any) -> None:
+        self.at(self.now + delay, what, *args)
+
+    def delay(self) -> float:
+        return self.rng.choice((0.00005, 0.0001, 0.0003, 0.004))
+
+    def run(self) -> Simulation:
+        self.driver.code = self.driver.main()
+        self.after(0.0, self.driver.go_on, None)
+        for _ in range(self.rng.choice((0, 1, 3, 10))):
+            self.after(self.rng.uniform(0.02, 0.2), self.kill_someone)
+        for _ in range(self.rng.choice((0, 0, 2, 8))):
+            self.after(self.rng.uniform(0.02, 0.2), self.lose_something)
+        self.until_all_is_quiet()
+        for actor_id in [actor.actor_id for actor in self.node.actors.actors.values() if actor.options.detached]:
+            self.handle(ActorKillRequested(DRIVER, actor_id, True))
+        self.until_all_is_quiet()
+        self.check_end()
+        return self
+
+    def until_all_is_quiet(self) -> None:
+        for _ in range(50_000):
+            if not self._heap:
+                return
+            when, _, what, args = heapq.heappop(self._heap)
+            self.now = max(self.now, when)
+            what(*args)
+            self.set_alarm()
+        raise AssertionError("it does not come to an end")
+
+    def set_alarm(self) -> None:
+        wake_at = self.node.wake_at
+        if wake_at is not None and wake_at != self._tick_at:
+            self._tick_at = wake_at
+            self.at(wake_at, self.tick, wake_at)
+
+    def tick(self, wake_at: float) -> None:
+        if self.node.wake_at == wake_at:
+            self._tick_at = None
+            held = self.node.held
+            self.handle(Ticked(executing=tuple((number, self.processes[number].running) for number in held)))
+
+    # ------------------------------------------------------------ between the node and the processes
+
+    def hear(self, process: Worker, messages: list[tuple[Any, ...]]) -> None:
+        for message in messages:
+            event = event_from_wire(process.client, message)
+            if type(event) is TasksFinished and process.client in self.node.scheduler.workers:
+                self.check_states(process, event.results)
+            if process.client in self.graves:
+                assert self.node.handle(event, self.now) == [], f"the dead are heard: {event}"
+                self.check()
+            else:
+                self.handle(event)
+
+    def handle(self, event: Event) -> None:
+        self.events += 1
+        before = None
+        if type(event) is TasksSubmitted:
+            before = self.node._tasks_made
+        commands = self.node.handle(event, self.now)
+        if type(event) is ObjectLost or type(event) is ArgumentLost:
+            self.committed.pop(event.object_id, None)  # It may be an error now.
+        if self.trace is not None:
+            shown: Any = event
+            if type(event) is TasksSubmitted:
+                shown = event._replace(specs=[spec.to_wire() for spec in event.specs])  # type: ignore[misc]
+            text = f"{self.now:.6f} {shown} -> {commands}"
+            self.trace.update(text.encode())
+            self.story.append(text)
+        if before is not None:
+            self.note_submitted(event, before)
+        if event.client == DRIVER:
+            self.note_driver(event)
+        self.check()
+        self.carry_out(commands)
+
+    def note_submitted(self, event: Any, before: int) -> None:
+        for spec in event.specs:
+            task = self.node.lineage.tasks.get(spec.task_id)
+            if task is not None and task.no > before:
+                self.tasks[task.no] = task
+                if spec.actor_id is not None and task.state < FINISHED:  # Else it was executed before, and is not again.
+                    self.calls[spec.task_id] = (task.caller, task.no)  # A constructor that runs again is another.
+
+    def note_driver(self, event: Any) -> None:
+        held = self.driver.held
+        if type(event) is ReferencesChanged:
+            held.update(event.acquired)
+            held.subtract(event.released)
+        elif type(event) is ObjectPut:
+            held[event.object_id] += 1
+        elif type(event) is TasksSubmitted:
+            for spec in event.specs:
+                held.update(ids.return_id(spec.task_id, n) for n in range(TEMPLATES[spec.template_no].num_returns))
+        else:
+            return
+        self.driver.held = +held
+
+    def carry_out(self, commands: list[Command]) -> None:
+        frames: dict[int, list[Command]] = {}
+        for command in commands:
+            if type(command) is StartWorker:
+                self.processes[command.client] = Worker(self, command.client)
+                self.after(self.rng.uniform(0.001, 0.02), self.started, command.client)
+            elif type(command) is HoldNext:
+                self.processes[command.client].held = True
+            elif type(command) is Warn:
+                pass
+            elif type(command) is DeleteFile:
+                self.files.pop(command.path, None)
+            elif type(command) is KillWorker:
+                process = self.processes.get(command.client)
+                if process is not None and command.only_if_running in (None, process.running):
+                    self.after(0.0, self.die, process, "was killed by SIGKILL")
+            elif type(command) is Reply and command.client == DRIVER:
+                self.driver.on_Reply(command.request_id, command.answer)
+            else:
+                frames.setdefault(command.client, []).append(command)  # type: ignore[union-attr]
+        for client, frame in frames.items():
+            process = self.processes.get(client)
+            if process is not None:
+                process.heard_at = max(process.heard_at, self.now + self.delay())
+                self.at(process.heard_at, process.receive, frame)
+
+    def started(self, client: int) -> None:
+        process = self.processes.get(client)
+        if process is None:
+            return
+        if self.faulty and self.rng.random() < 0.03:
+            self.die(process, "did not start")
+        else:
+            self.handle(WorkerStarted(client, 10_000 + client))
+
+    def kill_someone(self) -> None:
+        if self.faulty and self.processes:
+            victims = list(self.processes.values())
+            if self.rng.random() < 0.5:  # Actors have the more interesting deaths.
+                victims = [process for process in victims if process.actor_id is not None and process.code is not None] or victims
+            self.die(self.rng.choice(victims), "was killed by SIGKILL")
+
+    def lose_something(self) -> None:
+        """A file goes, which nobody notices before it is read; or an object, and the node is told."""
+        if not self.faulty:
+            return
+        ready = [entry.object_id for entry in self.node.objects.values() if entry.data is not None]
+        if self.files and self.rng.random() < 0.6:
+            path = self.rng.choice(list(self.files))
+            self.lost_files[path] = self.files.pop(path)
+        elif ready:
+            self.handle(ObjectLost(DRIVER, self.rng.choice(ready), None, "a test dropped it"))
+
+    def die(self, process: Worker, reason: str) -> None:
+        if process.dead:
+            return
+        process.dead = True
+        del self.processes[process.client]
+        if self.rng.random() < 0.5:  # The news comes behind all that it said, or overtakes some.
+            when = max(self.now, process.spoken_at)
+        else:
+            when = self.now
+        self.at(when, self.bury, process, reason)
+
+    def bury(self, process: Worker, reason: str) -> None:
+        self.handle(WorkerDied(process.client, reason, process.running))
+        self.graves[process.client] = process
+
+    # ------------------------------------------------------------ what only the world can check
+
+    def write(self, offset: int, object_id: bytes) -> None:
+        for process in (self.driver, *self.processes.values()):
+            assert not process.looks[offset], f"memory at {offset} is written while process {process.client} reads it"
+        self.memory[offset] = object_id
+
+    def saw(self, object_id: bytes, data: Any) -> None:
+        if type(data) is int:
+            assert self.memory[data] == object_id, "the memory belongs to another object"
+        elif type(data) is str:
+            assert self.files[data] == object_id, "the file is gone, or another object's"
+
+    def check_states(self, process: Worker, results: list[Any]) -> None:
+        """P3: after a call, an actor's state is what has been answered before, in that order, each once, and this call."""
+        record = self.node.scheduler.workers[process.client]
+        if record.actor is None or not record.actor.task.template.options.checkpoint_every:
+            return
+        answered = self.answered.setdefault(record.actor.actor_id, [])
+        for task_id, status, *_ in results:
+            if task_id == record.actor.actor_id or status in (CANCELLED, ACTOR_EXITED):
+                continue
+            call, state = process.ends.popleft()
+            assert call == task_id
+            if len(state) > len(answered):
+                answered.append(task_id)
+                again = record.in_flight[task_id].template.options.retry_exceptions
+                assert again or answered.count(task_id) == 1, "a call was executed twice"
+            assert list(state) == answered[: len(state)], "an actor's state is not that of the calls that were answered"
+
+    def call_runs(self, process: Worker, task_id: bytes, is_retried: bool) -> None:
+        caller, number = self.calls[task_id]
+        if is_retried:
+            return
+        assert number > process.last_call.get(caller, 0), "calls of one caller ran out of order, or twice"
+        process.last_call[caller] = number
+
+    def check(self) -> None:
+        if self.events % self.check_every == 0:
+            self.node.check(self.driver.held)
+        for object_id, entry in self.node.objects.items():
+            if entry.data is not None:
+                first, data, is_error = self.committed.get(object_id, (None, None, False))
+                if first is entry:
+                    spilled = type(data) is int and type(entry.data) is str
+                    assert (entry.data == data or spilled) and entry.is_error == is_error, "a value has changed"
+                self.committed[object_id] = (entry, entry.data, entry.is_error)
+            else:  # Not there yet, or lost.
+                self.committed.pop(object_id, None)
+
+    def check_end(self) -> None:
+        node = self.node
+        assert self.driver.code is None, f"the driver waits for ever: {self.driver.waits_for}"
+        node.check({})
+        left = [task for task in self.tasks.values() if task.state not in (FINISHED, FAILED)]
+        assert not left, f"{len(left)} tasks never ended: {[(t.template.options.name, t.state) for t in left]}"
+        assert node.scheduler.available == node.scheduler.total
+        for process in self.processes.values():
+            assert process.code is None and not process.queue, f"worker {process.client} is not idle"
+        # Objects that an actor's state holds go when it has ended, and it has.
+        assert not node.objects, f"objects are left: {[ids.short(i) for i in node.objects]}"
+        assert not node.lineage.tasks and not node.actors.actors and not node.actors.names
+        assert all(offset in node._retired for offset in node.lineage.arena.blocks) and not node._grants
+        assert not self.files, f"files are left: {list(self.files)}"
+
+    def trace_hash(self) -> str:
+        assert self.trace is not None
+        return self.trace.hexdigest()
