@@ -774,6 +774,7 @@ class Simulation:
         self.tasks: dict[int, Any] = {}  # every Task that the node has made, by number
         self.begun: Counter[int] = Counter()  # by number: how often a process began to execute it
         self.unheard: Counter[int] = Counter()  # by number: executions that ended, and died with their process
+        self.unknown: set[int] = set()  # those of them of which not even the order tells that they had; never iterated
         self.parents: dict[int, tuple[Any, Any]] = {}  # by number: the Task, or the actor with recovery, that submitted it
         self.ended: dict[bytes, tuple[Any, Any, Any]] = {}  # by ID: the Task whose result is known, and those two
         self.over: set[int] = set()  # numbers of tasks that have come to an end, at least once; never iterated
@@ -1075,6 +1076,8 @@ class Simulation:
         self.handle(WorkerDied(process.client, reason, process.running))
         self.graves[process.client] = process
         self.unheard.update(process.unheard.values())
+        if process.running is None:
+            self.unknown.update(process.unheard.values())
         if self.faulty and self.rng.random() < 0.1:  # The news may come twice: from the zygote, and from its end.
             self.after(self.rng.uniform(0.0, 0.05), self.handle, WorkerDied(process.client, reason, process.running))
 
@@ -1134,7 +1137,7 @@ class Simulation:
         is_exact = record.actor is not None and record.actor.task.template.options.checkpoint_every
         if options.kind != ACTOR_CREATION and options.max_retries >= 0 and not is_exact:
             allowed = 1 + options.max_retries
-            if options.kind == TASK and options.max_retries:
+            if options.kind == TASK and (options.max_retries or task.no in self.unknown):
                 allowed += self.unheard[task.no]
             assert self.begun[task.no] <= allowed, f"{options.name} [{ids.short(task_id)}] is executed {self.begun[task.no]} times"
         known, parent, maker = self.ended.get(task_id, (None, None, None))
