@@ -168,6 +168,8 @@ class NodeActors(NodeExact):
             self.wire.append(KillWorker(actor.worker.client))
         if event.no_restart or not actor.restarts_left:
             self._bury(actor, "minray.kill() was called on it", now)
+        elif actor.state == ALIVE:
+            actor.state = RESTARTING  # Calls from now on are for the next instance.
 
     def _actor_worker_died(
         self, worker: WorkerRecord, actor: Actor, running: bytes | None, reason: str, now: float
