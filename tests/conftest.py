@@ -42,6 +42,9 @@ NOT_OURS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 def pytest_configure(config):
     config.addinivalue_line("markers", "notebook: runs a Jupyter notebook, where nbclient is installed")
     config.addinivalue_line("markers", "long: takes minutes; is skipped unless MINRAY_TEST_LONG=1 is in the environment")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # Started in the background of a shell: programs that tests start would inherit it, and not feel Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     home = tempfile.mkdtemp(prefix="minray-tests-")
     os.environ["MINRAY_HOME"] = home
     os.environ.update([MARK.split("=")])
