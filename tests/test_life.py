@@ -5,6 +5,7 @@ that are killed or interrupted run in processes of their own.
 """
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -500,6 +501,109 @@ def test_ctrl_c_is_guarded_too_where_a_handler_was_set_after_init(session):
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, old)
+
+
+def test_handlers_that_a_program_sets_and_puts_back_are_the_old_ones_after_shutdown():
+    def own(number, frame):
+        pass
+
+    before = signal.getsignal(signal.SIGINT)
+    with minray.init(num_cpus=1):
+        guarded = signal.signal(signal.SIGINT, own)
+        assert minray.get(square.remote(2)) == 4
+        signal.signal(signal.SIGINT, guarded)
+        assert minray.get(square.remote(3)) == 9
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_another_handler_raises_waits_for_the_tables_like_ctrl_c(session):
+    def give_up(number, frame):
+        raise TimeoutError("the alarm")
+
+    old = signal.signal(signal.SIGALRM, give_up)
+    try:
+        minray.get(square.remote(2))
+
+        @interrupts.uninterruptible
+        def change_tables():
+            signal.raise_signal(signal.SIGALRM)
+            return "whole"
+
+        assert change_tables() == "whole"
+        with pytest.raises(TimeoutError, match="the alarm"):
+            minray.get(square.remote(3))
+        assert minray.get(square.remote(4)) == 16
+    finally:
+        signal.signal(signal.SIGALRM, old)
+
+
+def test_a_signal_handler_may_end_the_session_in_the_middle_of_a_get(session, monkeypatch):
+    monkeypatch.setattr("minray.loop.CLOSE_S", 600.0)  # Nobody waits for the thread that the handler runs in.
+    old = signal.signal(signal.SIGTERM, lambda number, frame: minray.shutdown())
+    pid = os.getpid()
+
+    @minray.remote
+    def end_the_driver():
+        os.kill(pid, signal.SIGTERM)
+        time.sleep(600)
+
+    try:
+        with pytest.raises(RuntimeError, match="minray was shut down while this thread waited"):
+            minray.get(end_the_driver.remote())
+        assert not minray.is_initialized()
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def speak_in_the_middle_of(a_change, record):
+    """What a finalizer may do that the garbage collector calls while a lock of minray's is held."""
+    with a_change:
+        ref, put = square.remote(3), minray.put(4)
+        refs = [ref, put, square.remote(put), record.remote("one"), record.remote("two")]
+        with pytest.raises(RuntimeError, match="in a finalizer"):
+            minray.get(ref)
+    return minray.get(refs)
+
+
+def test_what_a_finalizer_says_in_the_middle_of_a_change_follows_it_in_order(session):
+    @minray.remote
+    class Log:
+        def __init__(self):
+            self.said = []
+
+        def say(self, word):
+            self.said.append(word)
+            return list(self.said)
+
+    assert speak_in_the_middle_of(api.core().raylet.lock, Log.remote().say) == [9, 4, 16, ["one"], ["one", "two"]]
+
+    @minray.remote
+    def in_a_worker(log):
+        return speak_in_the_middle_of(api.core()._out_lock, log.say)
+
+    assert minray.get(in_a_worker.remote(Log.remote())) == [9, 4, 16, ["one"], ["one", "two"]]
+
+
+def test_finalizers_that_the_garbage_collector_calls_anywhere_may_submit(session):
+    class Closing:
+        def __init__(self):
+            self.me = self
+
+        def __del__(self):
+            done.append(square.remote(5))
+
+    done = []
+    threshold = gc.get_threshold()
+    gc.set_threshold(40)
+    try:
+        for number in range(50):
+            for _ in range(10):
+                Closing()
+            assert minray.get([square.remote(i) for i in range(number)]) == [i * i for i in range(number)]
+    finally:
+        gc.set_threshold(*threshold)
+    gc.collect()
+    assert minray.get(done) == [25] * 500
 
 
 def test_after_shutdown_the_handler_of_ctrl_c_is_the_old_one():
