@@ -29,12 +29,11 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import compress, count, islice
 from time import monotonic
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minray import api, ids, object_ref
 from minray.clock import EPOCH
@@ -55,6 +54,9 @@ from minray.surroundings import OWN_FDS_FROM, Surroundings
 from minray.task_spec import (
     ACTOR_CREATION, ACTOR_EXITED, ACTOR_METHOD, CANCELLED, ERROR, OK, RETRYABLE_ERROR, TASK, TaskOptions, TaskSpec,
 )  # fmt: skip
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor  # Imported late: it refuses that once the main thread has ended.
 
 HOLD_S = 0.001
 """A result waits at most this long for company."""
@@ -310,6 +312,8 @@ class Worker(CoreWorker):
         else:
             self.actor = cls(*args, **kwargs)
         if options.max_concurrency > 1:
+            from concurrent.futures import ThreadPoolExecutor
+
             self._threads = ThreadPoolExecutor(options.max_concurrency, thread_name_prefix="minray-actor")
 
     # ------------------------------------------------------------ exact recovery

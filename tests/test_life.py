@@ -307,6 +307,42 @@ def test_a_thread_can_start_use_and_end_a_session():
         assert pool.submit(life).result(timeout=30) == 25
 
 
+def test_a_thread_that_outlives_the_main_thread_can_start_a_session(run_driver):
+    program = """if True:
+        import threading
+        import minray
+
+        def work(main=threading.current_thread()):
+            main.join()
+            print(minray.get(minray.remote(lambda: 6).remote()))
+
+        threading.Thread(target=work).start()
+    """
+    assert run_driver(program).stdout == "6\n"
+
+
+WITHOUT = """\
+import os, subprocess, sys
+import minray
+for fd in sys.argv[1]:
+    os.close(int(fd))
+double = minray.remote(lambda x: print("said") or 2 * x)
+assert minray.get([double.remote(i) for i in range(20)])[-1] == 38
+subprocess.run(["echo", "of no interest to anybody"])
+assert minray.get(double.remote(4)) == 8
+minray.shutdown()
+open("well", "w").close()
+"""
+
+
+@pytest.mark.parametrize("closed", ["012", "0", "1", "2"])
+def test_a_driver_without_standard_descriptors_works(run_driver, tmp_path, monkeypatch, closed):
+    monkeypatch.chdir(tmp_path)
+    with contextlib.suppress(AssertionError):  # The interpreter itself may complain at its end.
+        run_driver(WITHOUT, closed)
+    assert Path("well").exists()
+
+
 def test_threads_that_start_at_once_share_one_session():
     barrier = threading.Barrier(4)
 
