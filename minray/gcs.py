@@ -402,7 +402,7 @@ def close_file(path: str) -> None:
 
 
 def main(sock: socket.socket, path: str, history: int = HISTORY, job: dict[str, Any] | None = None) -> None:
-    """The body of the GCS process; returns when the driver is gone.
+    """The body of the GCS process; returns when the driver is gone, or exits with 1 if the disk is still full then.
 
     Meant for a process of its own: it changes the umask, signals and garbage collection.
     """
@@ -420,3 +420,4 @@ def main(sock: socket.socket, path: str, history: int = HISTORY, job: dict[str, 
         # The driver is gone: nobody is left to wait, or to make room.
         left = f"{error}{_where(paths)}. What was committed before is there, some of it in its -wal file."
         print(f"minray: the GCS ends without having written everything: {left}", file=sys.stderr)
+        sys.exit(1)
