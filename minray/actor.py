@@ -14,6 +14,7 @@ from minray import api, options
 from minray.checkpoint import check_class
 from minray.core_worker import CoreWorker
 from minray.exceptions import PendingCallsLimitExceeded
+from minray.generator import made_of, refuse_in_jobs
 from minray.messages import ActorLookedUp, CallsCounted
 from minray.object_ref import ObjectRef, restore
 from minray.serialization import deserialize, serialize, to_bytes
@@ -55,12 +56,12 @@ class MethodTemplate:
 
     It knows no handle: handles keep these, and a cycle would keep an actor alive."""
 
-    __slots__ = ("name", "given", "num_returns", "known_to", "template_no")
+    __slots__ = ("name", "given", "num_returns", "streaming", "backpressure", "known_to", "template_no")
 
     def __init__(self, name: str, given: dict[str, Any]) -> None:
         self.name = name
         self.given = given
-        self.num_returns: int = given.get("num_returns", 1)
+        self.num_returns, self.streaming, self.backpressure = options.returns_of(None, given)
         self.known_to: object = None  # the token of the core that does
         self.template_no = 0
 
@@ -68,15 +69,21 @@ class MethodTemplate:
 class Interface:
     """What every handle to an actor of one class (with the same options) shares.  It travels with each."""
 
-    __slots__ = ("class_name", "methods", "max_task_retries", "max_pending_calls", "templates")
+    __slots__ = ("class_name", "methods", "max_task_retries", "max_pending_calls", "is_exact", "templates")
 
     def __init__(
-        self, class_name: str, methods: dict[str, dict[str, Any]], max_task_retries: int, max_pending_calls: int
+        self,
+        class_name: str,
+        methods: dict[str, dict[str, Any]],
+        max_task_retries: int,
+        max_pending_calls: int,
+        is_exact: bool = False,
     ) -> None:
         self.class_name = class_name
         self.methods = methods  # names and their @method options
         self.max_task_retries = max_task_retries
         self.max_pending_calls = max_pending_calls  # -1: no limit
+        self.is_exact = is_exact
         self.templates: dict[str, MethodTemplate] = {}  # of this process; those that were used
 
     def template(self, name: str) -> MethodTemplate:
@@ -90,7 +97,10 @@ class Interface:
         return found
 
     def __reduce__(self) -> Any:
-        return (Interface, (self.class_name, self.methods, self.max_task_retries, self.max_pending_calls))
+        return (
+            Interface,
+            (self.class_name, self.methods, self.max_task_retries, self.max_pending_calls, self.is_exact),
+        )
 
 
 class ActorClass:
@@ -111,6 +121,7 @@ class ActorClass:
             self._methods,
             given.get("max_task_retries", EXACT_TASK_RETRIES if exact else 0),
             given.get("max_pending_calls", -1),
+            exact,
         )
         self._signature: inspect.Signature | None = None
         self._known_to: object = None  # the token of the core that knows it under the number:
@@ -252,11 +263,21 @@ class ActorMethod:
         refs = core.submit(template.template_no, num_returns, args, kwargs, handle._minray_id)
         if num_returns == 1:
             return refs[0]
+        if template.streaming:
+            return made_of(core, refs, template.streaming, template.backpressure)
         return refs or None
 
     def _introduce(self, core: CoreWorker) -> None:
         template, interface = self._template, self._handle._minray_interface
         given = template.given
+        if template.streaming:
+            refuse_in_jobs(core, f"{interface.class_name}.{template.name}")
+            if interface.is_exact:
+                raise NotImplementedError(
+                    f"{interface.class_name}.{template.name}() is a generator whose items would have refs of their own, "
+                    "and the actor has exact recovery: its calls are logged with their results, and items are not "
+                    "yet. The call was not submitted. Return a list, say num_returns=n, or leave out the checkpoints."
+                )
         template.template_no = core.template(
             TaskOptions(
                 kind=ACTOR_METHOD,
@@ -266,6 +287,8 @@ class ActorMethod:
                 num_returns=template.num_returns,
                 max_retries=given.get("max_task_retries", interface.max_task_retries),
                 retry_exceptions=options.retry_exceptions_of(given.get("retry_exceptions", False)),
+                streaming=template.streaming,
+                backpressure=template.backpressure,
             )
         )
         template.known_to = core.token
@@ -397,6 +420,8 @@ def _methods_of(cls: type) -> dict[str, dict[str, Any]]:
                 "Use plain methods with max_concurrency=..., which run in threads."
             )
         methods[name] = getattr(function, _METHOD_OPTIONS, {})
+        if inspect.isgeneratorfunction(function) and "num_returns" not in methods[name]:
+            methods[name] = {**methods[name], "num_returns": "streaming"}
     return methods
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from minray import options
 from minray.core_worker import CoreWorker
+from minray.generator import ObjectRefGenerator
 from minray.interrupts import raise_deferred
 from minray.object_ref import ObjectRef
 
@@ -401,6 +402,8 @@ def cancel(ref: ObjectRef[Any], *, force: bool = False, recursive: bool = True) 
     A task that has not started will not; in one that runs KeyboardInterrupt is raised.  `force` kills its
     worker instead; `recursive` cancels what it has submitted, too.  A running method of an actor goes on.
     """
+    if type(ref) is ObjectRefGenerator:
+        ref = ref.completed()
     if type(ref) is not ObjectRef:
         raise TypeError(
             f"cancel() takes the ObjectRef that a task returned, got {ref!r}. To end an actor: minray.kill()"

@@ -26,6 +26,7 @@ import cloudpickle
 
 from minray import exceptions, ids, object_ref, object_store
 from minray.interrupts import uninterruptible
+from minray.generator import ObjectRefGenerator
 from minray.loop import Loop, Waiter
 from minray.messages import (
     ActorKillRequested, BlockRefused, BlockRequested, BlocksSpilled, CancelRequested, Event, FunctionExported,
@@ -413,7 +414,11 @@ class CoreWorker(ABC):
     @staticmethod
     def _explain_no_refs(what: str, got: Any, where: str = "") -> Any:
         hint = ""
-        if hasattr(got, "remote"):
+        if type(got) is ObjectRefGenerator:
+            hint = " Did you mean get(next(gen)), or get(list(gen)) for all of them?"
+            if what == "wait":
+                hint = " Did you mean wait([gen])?"
+        elif hasattr(got, "remote"):
             name = getattr(got, "__name__", "f")
             hint = f" Did you mean {what}({name}.remote(...))?"
         elif isinstance(got, (set, frozenset)) or hasattr(got, "__next__"):
@@ -435,10 +440,12 @@ class CoreWorker(ABC):
             self._explain_no_refs("wait", refs)
         if not refs:
             return [], []
+        awaited = refs
         if countOf(map(type, refs), ObjectRef) != len(refs):  # In C: who drains refs one by one looks at all each time.
             for ref in refs:
-                if type(ref) is not ObjectRef:
+                if type(ref) is not ObjectRef and type(ref) is not ObjectRefGenerator:
                     self._explain_no_refs("wait", ref, "a list with ")
+            awaited = [ref._next_id() if type(ref) is ObjectRefGenerator else ref for ref in refs]
         if len(set(refs)) != len(refs):
             raise ValueError(f"wait() takes each ObjectRef once; {len(refs) - len(set(refs))} of them came twice.")
         if type(num_returns) is not int or not 0 < num_returns <= len(refs):
@@ -446,7 +453,7 @@ class CoreWorker(ABC):
                 f"wait(num_returns=...) must be between 1 and the number of refs ({len(refs)}), got {num_returns!r}."
             )
         deadline = None if timeout is None else monotonic() + timeout
-        positions = self.ready_positions(refs, num_returns, deadline)
+        positions = self.ready_positions(awaited, num_returns, deadline)
         if len(positions) == 1:  # Draining one by one: slices are 50 times faster than looking at each.
             (at,) = positions
             return [refs[at]], [*refs[:at], *refs[at + 1 :]]
@@ -457,6 +464,24 @@ class CoreWorker(ABC):
         result: concurrent.futures.Future[Any] = concurrent.futures.Future()
         self.await_future(_FutureWaiter(self, ref, result))
         return result
+
+    def readiness(self, object_id: bytes) -> concurrent.futures.Future[None]:
+        """A future that is done when the object is ready, whatever its value."""
+        result: concurrent.futures.Future[None] = concurrent.futures.Future()
+        request_id = next(self._request_ids)
+        self._requests[request_id] = _ReadinessWaiter(self, object_id, result)
+        self.send_now(ObjectsAwaited(self.client, request_id, [bytes(object_id)], 1, False, False))
+        return result
+
+    def taken_over(self, object_id: bytes, had: Sequence[bytes]) -> ObjectRef[Any]:
+        """A ref that the node has counted for this process when it answered.
+
+        `had`: for what this process had refs to before, it has kept another hold until now."""
+        if object_id in had:
+            self.unpinned.append(object_id)
+            return object_ref.restore(object_id)
+        self.references.adopt(object_id)
+        return new_ref(object_id)
 
     def await_future(self, waiter: _FutureWaiter) -> None:
         request_id = next(self._request_ids)
@@ -489,7 +514,7 @@ class _FutureWaiter(Waiter):
 
     __slots__ = ("_core", "ref", "_future")
 
-    def __init__(self, core: CoreWorker, ref: ObjectRef[Any], future: concurrent.futures.Future[Any]) -> None:
+    def __init__(self, core: CoreWorker, ref: bytes, future: concurrent.futures.Future[Any]) -> None:
         super().__init__()
         self._core = core
         self.ref = ref
@@ -514,6 +539,17 @@ class _FutureWaiter(Waiter):
         self.done = True
         if self._future.running() or self._future.set_running_or_notify_cancel():
             self._future.set_exception(error)
+
+
+class _ReadinessWaiter(_FutureWaiter):
+    """Sets a future to None when the object is ready."""
+
+    __slots__ = ()
+
+    def set(self, answer: Any = None) -> None:
+        self.done = True
+        if self._future.running() or self._future.set_running_or_notify_cancel():
+            self._future.set_result(None)
 
 
 def _fault(error: OSError) -> str:

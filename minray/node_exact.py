@@ -31,7 +31,7 @@ from minray import ids
 from minray.actor_table import MAX_IN_FLIGHT, Actor, Recovery
 from minray.lineage import Task, Template
 from minray.messages import CheckpointFailed, CheckpointTaken, TasksSubmitted, Warn
-from minray.node_recovery import NodeRecovery
+from minray.node_streams import NodeStreams
 from minray.node_tasks import is_another
 from minray.scheduler import Client, WorkerRecord
 from minray.task_spec import ACTOR_EXITED, ALIVE, CANCELLED, FINISHED, OK, RETRYABLE_ERROR, TaskSpec
@@ -42,7 +42,7 @@ NOBODY = -1
 """In place of a client: nobody waits for what a replay returns."""
 
 
-class NodeExact(NodeRecovery):
+class NodeExact(NodeStreams):
     # ------------------------------------------------------------ the log
 
     def _note_executed(self, worker: WorkerRecord, actor: Actor, recovery: Recovery, results: list[Any]) -> list[Any]:

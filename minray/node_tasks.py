@@ -163,6 +163,8 @@ class NodeTasks(NodeObjects):
         actor = self.actors.actors.get(spec.task_id) if spec.actor is not None else None
         if actor is not None:
             actor.unwanted = False  # Its handles were the first attempt's.
+        if known is not None and template.options.streaming:
+            self._read_again(known)
         for index in range(template.options.num_returns):
             self._acquire(client, ids.return_id(spec.task_id, index))
         return True
@@ -177,6 +179,10 @@ class NodeTasks(NodeObjects):
         ]
         if any(entry is not None and (entry.refs > 0 or entry.pins) for entry in returns):
             return False
+        if known.template.options.streaming:
+            if known.live_returns > sum(entry is not None for entry in returns):
+                return False  # Items of it are in use.
+            return another or known.state >= FINISHED  # All others went with their reader.
         gone = known.state >= FINISHED and any(entry is None or entry.data is None for entry in returns)
         return another or gone
 
@@ -304,6 +310,8 @@ class NodeTasks(NodeObjects):
 
     def _finished_otherwise(self, worker: WorkerRecord, task: Task, status: int, payload: Any, now: float) -> None:
         options = task.template.options
+        if options.streaming and status == OK:
+            self._count_items(task)
         if (status != OK or task.error) and self._grants:  # Of several returns some may have been stored already.
             for index in range(options.num_returns):
                 self._revoke(worker.client, ids.return_id(task.spec.task_id, index), now)
@@ -332,6 +340,8 @@ class NodeTasks(NodeObjects):
                     self._grants.pop((worker.client, ids.return_id(task.spec.task_id, index)), None)
                 self.lineage.accept_return(task, index, value, False, now)
             self._close(task, FINISHED)
+            if options.streaming:
+                self._stream_ended(task, None)
         elif status == CANCELLED:
             self._fail_cancelled(task)
         else:
@@ -399,7 +409,11 @@ class NodeTasks(NodeObjects):
         task.error = text
         for index in range(task.template.options.num_returns):
             self.lineage.accept_return(task, index, (error, len(error), ()), True, self._now)
+        if task.template.options.streaming:
+            task.origins = None  # It is not run again for the items that it had yielded.
         self._close(task, state)
+        if task.template.options.streaming:
+            self._stream_ended(task, error)
         if task.spec.actor is not None:
             self._creation_failed(task, error, text)
 
@@ -461,6 +475,15 @@ class NodeTasks(NodeObjects):
 
     @abstractmethod
     def _diverged(self, old: Task, template: Template, parent: Task | None) -> None: ...
+
+    @abstractmethod
+    def _read_again(self, task: Task) -> None: ...
+
+    @abstractmethod
+    def _count_items(self, task: Task) -> None: ...
+
+    @abstractmethod
+    def _stream_ended(self, task: Task, error: bytes | None) -> None: ...
 
     @abstractmethod
     def _without_known_children(self, recovery: Recovery, event: TasksSubmitted, client: Client) -> list[TaskSpec]: ...

@@ -7,11 +7,12 @@ it does; one that it knows of but cannot do is refused with a sentence.  None is
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from minray.core_worker import pickle_classes
-from minray.task_spec import UNIT, Resources
+from minray.task_spec import DYNAMIC, STREAMING, UNIT, Resources
 
 Check = Callable[[Any], bool]
 
@@ -54,7 +55,13 @@ _BOTH: dict[str, tuple[Check, str]] = {
 }
 TASK: dict[str, tuple[Check, str]] = {
     **_BOTH,
-    "num_returns": (lambda v: _is_int(v) and 0 <= v < 1 << 20, "an integer, 0 or more"),
+    "num_returns": (
+        lambda v: v in ("streaming", "dynamic") or (_is_int(v) and 0 <= v < 1 << 20),
+        'an integer, 0 or more, or "streaming" or "dynamic" for a generator',
+    ),
+    "_generator_backpressure_num_objects": (
+        lambda v: _is_int(v) and (v == -1 or v >= 1), "a number of items, 1 or more, or -1 for no limit"
+    ),
     "max_retries": _RETRIES,
     "retry_exceptions": _CLASSES,
 }
@@ -72,6 +79,7 @@ ACTOR: dict[str, tuple[Check, str]] = {
 }
 METHOD: dict[str, tuple[Check, str]] = {
     "num_returns": TASK["num_returns"],
+    "_generator_backpressure_num_objects": TASK["_generator_backpressure_num_objects"],
     "name": _TEXT,
     "max_task_retries": _RETRIES,
     "retry_exceptions": _CLASSES,
@@ -86,7 +94,6 @@ NOT_YET = {
     "accelerator_type": "accelerators have no types here; declare resources={'A100': 1} in init() instead",
     "label_selector": "nodes have no labels yet; declare resources in init() instead",
     "fallback_strategy": "nodes have no labels yet; declare resources in init() instead",
-    "_generator_backpressure_num_objects": "streaming generators are not supported yet",
     "object_store_memory": "a task cannot reserve object store memory; objects are spilled when it is full",
 }
 
@@ -103,11 +110,6 @@ def check(given: Mapping[str, Any], known: Mapping[str, tuple[Check, str]], wher
                 if name in others:
                     raise TypeError(f"{where}() has no option {name!r} here: it is one of {kind}.")
             raise TypeError(f"{where}() has no option {name!r}.{nearest(name, known)}")
-        if name == "num_returns" and value in ("streaming", "dynamic"):
-            raise NotImplementedError(
-                f'{where}(num_returns="{value}"): generators that stream are not supported yet. '
-                "With num_returns=n a generator's n values become n ObjectRefs, when it has ended."
-            )
         accepts, expected = known[name]
         if value is not None and not accepts(value):
             raise ValueError(f"{where}({name}=...) must be {expected}, got {value!r}.")
@@ -140,6 +142,23 @@ def check_exact(given: Mapping[str, Any], where: str) -> None:
 def nearest(name: str, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(name, known, 1, 0.5)
     return f" Did you mean {close[0]}=?" if close else f" It knows: {', '.join(sorted(known))}."
+
+
+def returns_of(function: Any, given: Mapping[str, Any]) -> tuple[int, int, int]:
+    """How many objects a call returns, whether its items have refs of their own, and how many may wait to be taken.
+
+    Raises ValueError when they may be no more than so many, and have no refs of their own."""
+    asked = given.get("num_returns")
+    if asked is None:
+        asked = "streaming" if inspect.isgeneratorfunction(function) else 1
+    backpressure = max(0, given.get("_generator_backpressure_num_objects", 0))
+    if backpressure and asked != "streaming":
+        raise ValueError(
+            f"_generator_backpressure_num_objects={backpressure} holds back a generator that streams, and this one has "
+            f'num_returns={asked!r}. Say num_returns="streaming", or leave it out.'
+        )
+    streaming = {"streaming": STREAMING, "dynamic": DYNAMIC}.get(asked, 0)
+    return (2 if streaming else asked), streaming, backpressure
 
 
 def resources_of(options: Mapping[str, Any], default_cpus: float) -> Resources:

@@ -41,6 +41,9 @@ INLINE, ARENA, SPILLED = range(3)
 OK, ERROR, RETRYABLE_ERROR, CANCELLED, ACTOR_EXITED = range(5)
 """How a task ended, in the worker's words.  A retryable error is one that `retry_exceptions` names."""
 
+STREAMING, DYNAMIC = 1, 2
+"""How a generator's values come: one by one as it yields them, or as one list of refs when it has ended."""
+
 Resources = tuple[tuple[str, int], ...]
 """Sorted (name, ten-thousandths) pairs: a task's demand, and the key of its queue."""
 
@@ -60,6 +63,8 @@ class TaskOptions(NamedTuple):
     interface: bytes = b""  # of an actor: the pickled `actor.Interface` that a handle to it needs
     checkpoint_every: int = 0  # calls of an actor; 0: not by number
     checkpoint_interval_s: float = 0.0  # 0: not by time
+    streaming: int = 0  # STREAMING or DYNAMIC for a generator whose values have refs of their own (see streams.py)
+    backpressure: int = 0  # so many items that nobody has taken, and the generator pauses; 0: it never does
 
 
 class ActorOptions(NamedTuple):

@@ -25,6 +25,7 @@ import select
 import signal
 import socket
 import sys
+import termios
 import threading
 import traceback
 from collections import deque
@@ -44,6 +45,7 @@ from minray.core_worker import CoreWorker, Resolved, TaskContext, ValueLost, unp
 from minray.exceptions import (
     ActorDiedError, CheckpointError, GetTimeoutError, ObjectStoreFullError, make_argument_error, make_task_error,
 )  # fmt: skip
+from minray.generator import Producer
 from minray.interrupts import interrupt, raise_deferred, uninterruptible
 from minray.loop import SPIN_S, WORTH_SPINNING_S, Loop, Waiter
 from minray.messages import ArgumentLost, CheckpointFailed, Event, ObjectsAwaited
@@ -53,7 +55,8 @@ from minray.output_labels import LabelledFile
 from minray.serialization import INLINE_LIMIT, deserialize, serialize, to_bytes
 from minray.surroundings import OWN_FDS_FROM, Surroundings
 from minray.task_spec import (
-    ACTOR_CREATION, ACTOR_EXITED, ACTOR_METHOD, CANCELLED, ERROR, OK, RETRYABLE_ERROR, TASK, TaskOptions, TaskSpec,
+    ACTOR_CREATION, ACTOR_EXITED, ACTOR_METHOD, CANCELLED, ERROR, OK, RETRYABLE_ERROR, STREAMING, TASK, TaskOptions,
+    TaskSpec,
 )  # fmt: skip
 
 HOLD_S = 0.001
@@ -418,6 +421,8 @@ class Worker(CoreWorker):
         return [self.store(ids.return_id(task_id, i), part) for i, part in enumerate(serialized_parts)]
 
     def _parts(self, options: TaskOptions, value: Any) -> list[Any]:
+        if options.streaming:
+            return self._stream(options, value)
         count = options.num_returns
         if not hasattr(value, "__iter__"):
             raise ValueError(
@@ -427,6 +432,27 @@ class Worker(CoreWorker):
         if len(parts) != count:
             raise ValueError(f"{options.name}() has num_returns={count} and returned {len(parts)} values.")
         return parts
+
+    def _stream(self, options: TaskOptions, generator: Any) -> list[Any]:
+        """Run a generator to its end, and send what it yields on the way; its two returns (see node_streams.py)."""
+        if not hasattr(generator, "__next__"):
+            kind = "streaming" if options.streaming == STREAMING else "dynamic"
+            raise ValueError(
+                f'{options.name}() has num_returns="{kind}" and returned one {type(generator).__name__}, not a '
+                "generator. Let it yield its values, or leave num_returns out."
+            )
+        task_id = self.context().task_id
+        producer = Producer(self, task_id, options)
+        if options.streaming == STREAMING:
+            return [producer.run(generator), None]
+        try:
+            producer.run(generator)
+        except Exception as error:
+            status, payload = self._failure(error, options, task_id)
+            if status != ERROR:
+                raise
+            producer.put_error(payload[0])
+        return [producer.result(), None]
 
     def _failure(self, error: BaseException, options: TaskOptions, task_id: bytes) -> tuple[int, Any]:
         """The status and payload of a task that raised."""
@@ -503,6 +529,29 @@ class Worker(CoreWorker):
             self.flush()  # Also when the main thread only reads, in get(): nobody else would send this.
         else:
             object_ref.rouse()  # Should this task compute now, the caretaker sends the rest.
+
+    def send_item(self, task_id: bytes, item: int, value: Any, failed: bool) -> None:
+        """What a generator has yielded leaves at once, unless the node has not even read the last frame: then nobody
+        waits for it, and it goes with what follows, or in a moment."""
+        self._note_item(task_id, item, value, failed)
+        if monotonic() - self._sent_s < HOLD_S and self._num_unread():
+            object_ref.rouse()  # Should the generator compute now, the caretaker sends it.
+        else:
+            self.flush()
+
+    @uninterruptible
+    def _note_item(self, task_id: bytes, item: int, value: Any, failed: bool) -> None:
+        with self._out_lock:
+            self._collect_specs()
+            last = self._out[-1] if self._out else None
+            if last is not None and last[0] == "ItemsYielded" and last[1] == task_id and not failed:
+                last[3].append(value)
+            else:
+                self._out.append(("ItemsYielded", task_id, item, [value], failed))
+
+    def _num_unread(self) -> int:
+        """Bytes of what was sent that the node has not read (and some more: the kernel counts its own)."""
+        return int.from_bytes(fcntl.ioctl(self.sock, termios.TIOCOUTQ, b"\0\0\0\0"), sys.byteorder)
 
     def _collect_specs(self) -> None:
         if self._specs:
@@ -707,15 +756,19 @@ class Worker(CoreWorker):
 
     def _await(self, refs: Sequence[bytes], num_ready: int, fetch: bool, deadline: float | None) -> Any:
         object_ids = [bytes(ref) for ref in refs]
+        return self.stand_still(
+            lambda rid, blocks: ObjectsAwaited(self.client, rid, object_ids, num_ready, fetch, blocks), deadline
+        )
+
+    def stand_still(self, make: Callable[[int, bool], Event], deadline: float | None = None) -> Any:
+        """The answer to an event that a task waits for; others may use its CPU, and have the tasks behind it."""
         in_main = threading.current_thread() is threading.main_thread()
         blocks = in_main or self._threads is not None
         self._blocked += in_main  # Before the look at the queue: see _on_RunTasks.
         try:
             if in_main and self.actor is None and self.queue:
                 self._on_TakeBack(len(self.queue))  # This may take long: let others have them.
-            return self.request(
-                lambda rid: ObjectsAwaited(self.client, rid, object_ids, num_ready, fetch, blocks), deadline
-            )
+            return self.request(lambda rid: make(rid, blocks), deadline)
         finally:
             self._blocked -= in_main
 
