@@ -274,8 +274,8 @@ class ActorMethod:
             refuse_in_jobs(core, f"{interface.class_name}.{template.name}")
             if interface.is_exact:
                 raise NotImplementedError(
-                    f"{interface.class_name}.{template.name}() is a generator whose items would have refs of their own, "
-                    "and the actor has exact recovery: its calls are logged with their results, and items are not "
+                    f"{interface.class_name}.{template.name}() is a generator whose items would have refs of their "
+                    "own, and the actor has exact recovery: its calls are logged with their results, and items are not "
                     "yet. The call was not submitted. Return a list, say num_returns=n, or leave out the checkpoints."
                 )
         template.template_no = core.template(

@@ -380,13 +380,14 @@ def put(value: Any) -> ObjectRef[Any]:
 
 
 def wait(
-    refs: Sequence[ObjectRef[Any]], *, num_returns: int = 1, timeout: float | None = None, fetch_local: bool = True
-) -> tuple[list[ObjectRef[Any]], list[ObjectRef[Any]]]:
+    refs: Sequence[Any], *, num_returns: int = 1, timeout: float | None = None, fetch_local: bool = True
+) -> tuple[list[Any], list[Any]]:
     """Wait until `num_returns` of the refs are ready, or `timeout` seconds are over.
 
     Returns:
         (ready, not ready), each in the order given; `ready` has at most `num_returns`.
 
+    An `ObjectRefGenerator` among them is ready when its next item is there, or when it has come to its end.
     fetch_local has no effect on one machine.
 
     >>> ready, rest = minray.wait([minray.put(1), minray.put(2)])
@@ -396,17 +397,18 @@ def wait(
     return core().wait(refs, num_returns, timeout)
 
 
-def cancel(ref: ObjectRef[Any], *, force: bool = False, recursive: bool = True) -> None:
+def cancel(ref: ObjectRef[Any] | ObjectRefGenerator, *, force: bool = False, recursive: bool = True) -> None:
     """Cancel a task: getting its result raises TaskCancelledError, unless it has finished.
 
     A task that has not started will not; in one that runs KeyboardInterrupt is raised.  `force` kills its
     worker instead; `recursive` cancels what it has submitted, too.  A running method of an actor goes on.
     """
-    if type(ref) is ObjectRefGenerator:
+    if isinstance(ref, ObjectRefGenerator):
         ref = ref.completed()
     if type(ref) is not ObjectRef:
         raise TypeError(
-            f"cancel() takes the ObjectRef that a task returned, got {ref!r}. To end an actor: minray.kill()"
+            f"cancel() takes the ObjectRef or ObjectRefGenerator that a task returned, got {ref!r}. "
+            "To end an actor: minray.kill()"
         )
     core().cancel(ref, force, recursive)
 

@@ -445,7 +445,7 @@ class CoreWorker(ABC):
             for ref in refs:
                 if type(ref) is not ObjectRef and type(ref) is not ObjectRefGenerator:
                     self._explain_no_refs("wait", ref, "a list with ")
-            awaited = [ref._next_id() if type(ref) is ObjectRefGenerator else ref for ref in refs]
+            awaited = [ref.awaited() if type(ref) is ObjectRefGenerator else ref for ref in refs]
         if len(set(refs)) != len(refs):
             raise ValueError(f"wait() takes each ObjectRef once; {len(refs) - len(set(refs))} of them came twice.")
         if type(num_returns) is not int or not 0 < num_returns <= len(refs):
@@ -469,7 +469,7 @@ class CoreWorker(ABC):
         """A future that is done when the object is ready, whatever its value."""
         result: concurrent.futures.Future[None] = concurrent.futures.Future()
         request_id = next(self._request_ids)
-        self._requests[request_id] = _ReadinessWaiter(self, object_id, result)
+        self._requests[request_id] = _ReadinessWaiter(result)
         self.send_now(ObjectsAwaited(self.client, request_id, [bytes(object_id)], 1, False, False))
         return result
 
@@ -514,7 +514,7 @@ class _FutureWaiter(Waiter):
 
     __slots__ = ("_core", "ref", "_future")
 
-    def __init__(self, core: CoreWorker, ref: bytes, future: concurrent.futures.Future[Any]) -> None:
+    def __init__(self, core: CoreWorker, ref: ObjectRef[Any], future: concurrent.futures.Future[Any]) -> None:
         super().__init__()
         self._core = core
         self.ref = ref
@@ -542,9 +542,13 @@ class _FutureWaiter(Waiter):
 
 
 class _ReadinessWaiter(_FutureWaiter):
-    """Sets a future to None when the object is ready."""
+    """Sets a future to None when an object is ready."""
 
     __slots__ = ()
+
+    def __init__(self, future: concurrent.futures.Future[Any]) -> None:
+        Waiter.__init__(self)
+        self._future = future
 
     def set(self, answer: Any = None) -> None:
         self.done = True

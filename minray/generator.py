@@ -2,8 +2,8 @@
 
 `ObjectRefGenerator` is what the caller of a generator function gets at once: an iterator of ObjectRefs, one for
 each value that the task yields.  `Producer` is the other end, in the worker: it makes an object of each value, and
-stands still when the caller has asked for backpressure and is behind.  What lies between them, and what becomes of it in
-failures, is the node's (node_streams.py).
+stands still when the caller has asked for backpressure and is behind.  What lies between them, and what becomes of
+it in failures, is the node's (node_streams.py).
 
 The reader takes many items with one question, up to `TAKEN_AT_ONCE`, so that reading costs little; with backpressure
 it takes one at a time, because what it has taken counts as consumed.
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from minray import ids, serialization
 from minray.interrupts import uninterruptible
 from minray.messages import ItemsRequested, RoomAwaited, RoomAbandoned
-from minray.object_ref import ObjectRef, new_ref, restore
+from minray.object_ref import ObjectRef, restore
 from minray.serialization import serialize
 from minray.task_spec import DYNAMIC, TaskOptions
 
@@ -119,8 +119,13 @@ class ObjectRefGenerator:
         """The ID of the task that yields the items."""
         return self._task_id
 
+    def awaited(self) -> bytes:
+        """For wait(): the object that is ready when the next item is there, or the end."""
+        if not self._refs and self._core.client:
+            self._look()  # If this is a second attempt, what the first has freed is made again.
+        return self._next_id()
+
     def _next_id(self) -> bytes:
-        """The object that is ready when the next item is there, or the end."""
         return self._refs[0] if self._refs else ids.item_id(self._task_id, self._position)
 
     def _look(self) -> tuple[int, bool]:
@@ -186,8 +191,8 @@ class ObjectRefGenerator:
 class DynamicObjectRefGenerator:
     """The value of a task with num_returns="dynamic": refs to all that its generator has yielded.
 
-    It can be iterated again and again, has a length, and can be passed on.  If the generator raised, the last of the refs
-    raises its error.
+    It can be iterated again and again, has a length, and can be passed on.  If the generator raised, the last of the
+    refs raises its error.
 
     >>> @minray.remote(num_returns="dynamic")
     ... def parts(n):
@@ -251,9 +256,9 @@ def made_of(core: CoreWorker, refs: list[ObjectRef[Any]], streaming: int, backpr
 def refuse_in_jobs(core: CoreWorker, name: str) -> None:
     if core.digester is not None:
         raise NotImplementedError(
-            f"{name}() is a generator whose items would have refs of their own, and this is a durable job: it keeps the "
-            "result of a task when it has ended, and cannot keep items yet. The task was not submitted. Return a list, "
-            "say num_returns=n, or leave out init(job=...)."
+            f"{name}() is a generator whose items would have refs of their own, and this is a durable job: it keeps "
+            "the result of a task when it has ended, and cannot keep items yet. The task was not submitted. Return a "
+            "list, say num_returns=n, or leave out init(job=...)."
         )
 
 

@@ -78,6 +78,11 @@ def is_put(object_id: bytes) -> bool:
     return bool(object_id[12] & 0x80)
 
 
+def index_of(object_id: bytes) -> int:
+    """Which return of its task it is."""
+    return int.from_bytes(object_id[12:], "big")
+
+
 def counter_of(task_id: bytes) -> int:
     """It is the n-th child of its parent."""
     return int.from_bytes(task_id[8:12], "big")

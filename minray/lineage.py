@@ -50,7 +50,10 @@ if TYPE_CHECKING:
 class Template:
     """`TaskOptions` as the node keeps them: with a number, a queue, and what it has learned."""
 
-    __slots__ = ("no", "options", "shape", "mean_s", "max_s", "may_repeat", "may_replay", "num_kept", "minds_freeing")
+    __slots__ = (
+        "no", "options", "shape", "mean_s", "max_s", "may_repeat", "may_replay", "num_returns", "num_kept",
+        "minds_freeing",
+    )  # fmt: skip
 
     def __init__(self, no: int, options: TaskOptions, shape: Shape) -> None:
         self.no = no  # the node's own number, the same on every wire and in the GCS
@@ -62,6 +65,7 @@ class Template:
         self.may_repeat = options.max_retries != 0 or options.kind == ACTOR_METHOD
         # A call met a state that is not there any more.
         self.may_replay = options.max_retries != 0 and options.kind == TASK
+        self.num_returns = options.num_returns
         # How many of its returns are kept for a second attempt of its parent: a reader has no value to keep.
         self.num_kept = options.num_returns if not options.streaming else 1
         self.minds_freeing = options.kind == ACTOR_CREATION or options.streaming != 0  # somebody wants to know of it
@@ -109,7 +113,10 @@ class Stream:
     While somebody reads, the stream holds a ref to each item that was not taken, and to the one after the last:
     that is pending, or, at the end, stands for the end, so that who waits for it is told."""
 
-    __slots__ = ("num_items", "num_taken", "is_read", "ended", "failed", "attempt", "num_yielded", "room", "lost")
+    __slots__ = (
+        "num_items", "num_taken", "is_read", "ended", "failed", "attempt", "num_yielded", "room", "lost",
+        "gaps", "parent", "kept",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.num_items = 0  # known, over all attempts; an error at the end is one of them
@@ -121,10 +128,15 @@ class Stream:
         self.num_yielded = 0  # so many
         self.room: Request | None = None  # the generator pauses; answered, or given up, if nothing remains of it
         self.lost: dict[bytes, None] = {}  # items that the run in hand, or one more, has to make again
+        self.gaps: dict[int, None] = {}  # items that a new reader would find freed: made again when it comes to one
+        # A second attempt of the task that reads it begins anew.  Items are kept for that like other children's returns:
+        self.parent: Task | None = None  # in its `children`
+        self.kept: list[bytes] | None = None  # or here, of an actor with recovery: see node_exact.py
 
-    def held(self) -> range:
+    def held(self) -> list[int]:
         """The items that it holds a ref to."""
-        return range(self.num_taken, self.num_items + 1) if self.is_read else range(0)
+        items = range(self.num_taken, self.num_items + 1) if self.is_read else ()
+        return [item for item in items if item not in self.gaps]
 
 
 class Request:
@@ -226,7 +238,7 @@ class Lineage:
         spec = task.spec
         task_id = spec.task_id
         self.tasks[task_id] = task
-        num_returns = task.template.options.num_returns
+        num_returns = task.template.num_returns
         if num_returns == 1:
             self.objects[task_id] = ObjectEntry(task_id, task, 1)
             task.live_returns = 1
@@ -339,6 +351,8 @@ class Lineage:
         if entry is None:
             object_id = bytes(object_id)  # Never a ref itself: the table would keep alive what it counts.
             task = None if ids.is_put(object_id) else self.tasks.get(ids.task_of(object_id))
+            if task is not None and ids.index_of(object_id) >= task.template.num_returns:
+                task = None  # It is an item that was freed, or its task is another one than its holder believes.
             if task is not None and (task.state < FINISHED or task.spec.actor is not None):
                 entry = self.objects[object_id] = ObjectEntry(object_id, task, 0)
                 task.live_returns += 1
@@ -364,11 +378,20 @@ class Lineage:
             kept.append(object_id)
         while len(kept) > MAX_CHILDREN:
             self._unkeep(kept.popleft())
+        if child.template.options.streaming:
+            child.stream.parent = parent
+
+    def keep_item(self, parent: Task, entry: ObjectEntry) -> None:
+        """Likewise, of a generator that the parent has submitted."""
+        if parent.children is not None:
+            entry.replays += 1
+            parent.children.append(entry.object_id)
+            if len(parent.children) > MAX_CHILDREN:
+                self._unkeep(parent.children.popleft())
 
     def forget_child(self, parent: Task, child: Task) -> None:
-        for index in range(child.template.num_kept):
-            object_id = ids.return_id(child.spec.task_id, index)
-            if parent.children is not None and object_id in parent.children:
+        for object_id in [one for one in parent.children or () if ids.task_of(one) == child.spec.task_id]:
+            if parent.children is not None:
                 parent.children.remove(object_id)
                 self._unkeep(object_id)
 

@@ -10,13 +10,13 @@ A streaming task has two returns and any number of items (ids.py says how they a
   is fulfilled, so that who waits sees the end.
 
 The node holds the items until the reader takes them, many at once; from then on the reader holds them.  Without a
-reader items are dropped as they come: the task goes on to its end, as in Ray.  A *dynamic* generator has no reader.  Its
-items are held until it has ended, and then by its result, a list of refs to them.
+reader items are dropped as they come: the task goes on to its end, as in Ray.  A *dynamic* generator has no reader.
+Its items are held until it has ended, and then by its result, a list of refs to them.
 
 A second run (a retry, or a replay for a lost item) yields the same items under the same IDs.  What is there stays;
 what is lost is made again.  Values are not compared, but their number is: a run that ends with another number is a
-divergence (docs/decisions/0015).  A second attempt of the reader's own task reads from the start, and what was freed
-meanwhile is made again.
+divergence (docs/decisions/0015).  A second attempt of the reader's own task reads from the start: items are kept for it
+as other children's returns are, and what is gone all the same is made again.
 
 A generator with backpressure asks for room (RoomAwaited) when as many items as its options allow are not taken, and
 stands still until it gets the answer.  Its CPU is lent meanwhile: the items may be taken by what waits for a CPU.
@@ -78,6 +78,11 @@ class NodeStreams(NodeRecovery):
         entry = self.objects[ids.item_id(task.spec.task_id, stream.num_items)]
         stream.num_items += 1
         self._hold_item(task, stream.num_items)
+        if stream.parent is not None:
+            self.lineage.keep_item(stream.parent, entry)
+        if stream.kept is not None:
+            entry.refs += 1
+            stream.kept.append(entry.object_id)
         self._fill_item(task, entry, value, is_error)
 
     def _fill_item(self, task: Task, entry: ObjectEntry, value: Any, is_error: bool) -> None:
@@ -91,6 +96,9 @@ class NodeStreams(NodeRecovery):
         entry = self.objects.get(ids.item_id(task.spec.task_id, item))
         if item >= stream.num_items and not stream.ended:
             stream.num_items = item + 1
+        elif item in stream.gaps:
+            del stream.gaps[item]
+            entry = self._hold_item(task, item)
         if entry is None or entry.data is not None:
             self.lineage.drop_value(value)
             return
@@ -133,7 +141,9 @@ class NodeStreams(NodeRecovery):
         for object_id in lost:
             entry = self.objects.get(object_id)
             if entry is not None and entry.data is None:
-                if error is not None:
+                if object_id == ids.item_id(object_id, stream.num_items):
+                    self.lineage.seal(entry, NOTHING, False, self._now)
+                elif error is not None:
                     self.lineage.seal(entry, (error, len(error), ()), True, self._now)
                 else:  # It was lost after it had come.
                     self._want_again(entry)
@@ -144,11 +154,13 @@ class NodeStreams(NodeRecovery):
 
     def handle_items_requested(self, event: ItemsRequested, now: float) -> None:
         task = self.lineage.tasks.get(event.task_id)
-        if task is None:
+        if task is None or task.template.options.streaming != STREAMING:  # Forgotten; or a child of a parent that has diverged.
             self._answer(event.client, event.request_id, None)
             return
         stream = task.stream
         there = stream.num_items - event.position
+        if stream.gaps and not stream.gaps.keys().isdisjoint(range(event.position, event.position + max(1, event.limit))):
+            self._fill_gaps(task, stream)
         had = self._hand_over(event, task, stream, event.position + min(there, event.limit))
         self._answer(event.client, event.request_id, (there, stream.ended, had))
 
@@ -171,7 +183,7 @@ class NodeStreams(NodeRecovery):
                     self.lineage.release(item_id)
                 client.held[item_id] = None
         stream.num_taken = end
-        self._make_room(task, stream)
+        self._go_on_if_room(task, stream)
         return had
 
     def _reader_gone(self, task: Task) -> None:
@@ -180,15 +192,25 @@ class NodeStreams(NodeRecovery):
             return  # It never had one.
         held = stream.held()
         stream.is_read = False
+        stream.gaps.clear()
         for item in held:
             self.lineage.release(ids.item_id(task.spec.task_id, item))
-        self._make_room(task, stream)
+        self._go_on_if_room(task, stream)
+
+    def _is_forgettable_stream(self, task: Task, another: bool, returns: list[ObjectEntry | None]) -> bool:
+        """See `_is_forgettable`; nobody holds its returns.  Nor an item, but for this very attempt?  Are all there?"""
+        parent, task_id = task.stream.parent, task.spec.task_id
+        kept = [self.objects[one] for one in (parent.children if parent is not None else None) or ()]
+        items = [entry for entry in kept if ids.task_of(entry.object_id) == task_id and entry not in returns]
+        unused = [entry for entry in (*returns, *items) if entry is not None and entry.refs <= 0 and not entry.pins]
+        if task.live_returns > len(unused):
+            return False
+        gone = len(items) < task.stream.num_items or any(entry.data is None for entry in items)
+        return another or (task.state >= FINISHED and gone)
 
     def _read_again(self, task: Task) -> None:
         """The second attempt of the task that reads it submits it anew, and begins with the first item."""
         stream = task.stream
-        if task.template.options.streaming != STREAMING:
-            return
         reader_id = ids.reader_id(task.spec.task_id)
         if reader_id not in self.objects:
             entry = self.objects[reader_id] = ObjectEntry(reader_id, task, 0)
@@ -199,11 +221,22 @@ class NodeStreams(NodeRecovery):
         stream.is_read = True
         stream.num_taken = 0
         for item in missing:
+            item_id = ids.item_id(task.spec.task_id, item)
+            if item < stream.num_items and item_id not in self.objects:
+                stream.gaps[item] = None
+                continue
             entry = self._hold_item(task, item)
             if entry.data is None and item < stream.num_items:
                 self._want_again(entry)
             elif entry.data is None and stream.ended:
                 self.lineage.seal(entry, NOTHING, False, self._now)
+
+    def _fill_gaps(self, task: Task, stream: Stream) -> None:
+        """The reader has come to an item that was freed: all of them are made again, in one run."""
+        gaps = list(stream.gaps)
+        stream.gaps.clear()
+        for entry in [self._hold_item(task, item) for item in gaps]:
+            self._want_again(entry)
 
     # ------------------------------------------------------------ backpressure
 
@@ -218,9 +251,9 @@ class NodeStreams(NodeRecovery):
         worker.requests[event.request_id] = request
         if event.blocks:
             self.scheduler.block(worker)
-        self._make_room(task, stream)
+        self._go_on_if_room(task, stream)
 
-    def _make_room(self, task: Task, stream: Stream) -> None:
+    def _go_on_if_room(self, task: Task, stream: Stream) -> None:
         """If the generator stands still, and need not any more, it goes on."""
         room = stream.room
         if room is None or not room.remaining:

@@ -14,7 +14,7 @@ from typing import Any
 from minray import ids
 from minray.actor_table import Actor, Recovery
 from minray.exceptions import error_payload
-from minray.lineage import Task, Template
+from minray.lineage import ObjectEntry, Task, Template
 from minray.messages import (
     DRIVER, CancelRequested, CancelTask, DefineFunction, DefineTemplate, FunctionExported, GcsRecovered, GcsStalled,
     KillWorker, MarkReconstructed, RestoreActor, RunTasks, TasksFinished, TasksReturned, TasksSubmitted,
@@ -24,7 +24,7 @@ from minray.node_objects import NodeObjects
 from minray.scheduler import Client, WorkerRecord
 from minray.task_spec import (
     ACTOR_CREATION, ACTOR_EXITED, CANCELLED, FAILED, FINISHED, OK, PENDING_ARGS_AVAIL, PENDING_NODE_ASSIGNMENT,
-    RETRYABLE_ERROR, RUNNING, SUBMITTED_TO_WORKER, UNIT, ActorOptions, TaskOptions, TaskSpec,
+    RETRYABLE_ERROR, RUNNING, STREAMING, SUBMITTED_TO_WORKER, UNIT, ActorOptions, TaskOptions, TaskSpec,
 )  # fmt: skip
 
 SHORT_TASK_S = 0.001
@@ -101,7 +101,7 @@ class NodeTasks(NodeObjects):
                 dirty.append(task)
             self.lineage.add_task(task)
             if held is not None:
-                for index in range(task.live_returns):
+                for index in range(task.template.num_returns):
                     held[ids.return_id(spec.task_id, index)] = None
                 if may_come_again and spec.actor is None and not stalled:
                     self.lineage.keep_child(parent, task)  # type: ignore[arg-type]
@@ -163,7 +163,7 @@ class NodeTasks(NodeObjects):
         actor = self.actors.actors.get(spec.task_id) if spec.actor is not None else None
         if actor is not None:
             actor.unwanted = False  # Its handles were the first attempt's.
-        if known is not None and template.options.streaming:
+        if known is not None and known.template.options.streaming == template.options.streaming == STREAMING:
             self._read_again(known)
         for index in range(template.options.num_returns):
             self._acquire(client, ids.return_id(spec.task_id, index))
@@ -180,9 +180,7 @@ class NodeTasks(NodeObjects):
         if any(entry is not None and (entry.refs > 0 or entry.pins) for entry in returns):
             return False
         if known.template.options.streaming:
-            if known.live_returns > sum(entry is not None for entry in returns):
-                return False  # Items of it are in use.
-            return another or known.state >= FINISHED  # All others went with their reader.
+            return self._is_forgettable_stream(known, another, returns)
         gone = known.state >= FINISHED and any(entry is None or entry.data is None for entry in returns)
         return another or gone
 
@@ -475,6 +473,9 @@ class NodeTasks(NodeObjects):
 
     @abstractmethod
     def _diverged(self, old: Task, template: Template, parent: Task | None) -> None: ...
+
+    @abstractmethod
+    def _is_forgettable_stream(self, task: Task, another: bool, returns: list[ObjectEntry | None]) -> bool: ...
 
     @abstractmethod
     def _read_again(self, task: Task) -> None: ...

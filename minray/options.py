@@ -148,7 +148,7 @@ def returns_of(function: Any, given: Mapping[str, Any]) -> tuple[int, int, int]:
     """How many objects a call returns, whether its items have refs of their own, and how many may wait to be taken.
 
     Raises ValueError when they may be no more than so many, and have no refs of their own."""
-    asked = given.get("num_returns")
+    asked: Any = given.get("num_returns")
     if asked is None:
         asked = "streaming" if inspect.isgeneratorfunction(function) else 1
     backpressure = max(0, given.get("_generator_backpressure_num_objects", 0))
