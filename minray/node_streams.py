@@ -117,7 +117,7 @@ class NodeStreams(NodeRecovery):
         if task.error is not None or yielded == known or (yielded > known and not stream.ended):
             return
         name = task.template.options.name
-        task.error = f"{name}() did something else when it was run again: {yielded} items, and {known} before"
+        task.error = f"{name}() did something else when it was run again: it yielded {yielded} items, and {known} before"
         self._event("replay_diverged", task.spec.task_id, task.error, self._now)
         self.wire.append(
             Warn(
