@@ -129,7 +129,7 @@ class Stream:
         self.room: Request | None = None  # the generator pauses; answered, or given up, if nothing remains of it
         self.lost: dict[bytes, None] = {}  # items that the run in hand, or one more, has to make again
         self.gaps: dict[int, None] = {}  # items that a new reader would find freed: made again when it comes to one
-        # A second attempt of the task that reads it begins anew.  Items are kept for that like other children's returns:
+        # A second attempt of the task that reads it begins anew; items are kept for that like other children's returns:
         self.parent: Task | None = None  # in its `children`
         self.kept: list[bytes] | None = None  # or here, of an actor with recovery: see node_exact.py
 

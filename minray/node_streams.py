@@ -117,7 +117,8 @@ class NodeStreams(NodeRecovery):
         if task.error is not None or yielded == known or (yielded > known and not stream.ended):
             return
         name = task.template.options.name
-        task.error = f"{name}() did something else when it was run again: it yielded {yielded} items, and {known} before"
+        counts = f"it yielded {yielded} items, and {known} before"
+        task.error = f"{name}() did something else when it was run again: {counts}"
         self._event("replay_diverged", task.spec.task_id, task.error, self._now)
         self.wire.append(
             Warn(
@@ -154,12 +155,14 @@ class NodeStreams(NodeRecovery):
 
     def handle_items_requested(self, event: ItemsRequested, now: float) -> None:
         task = self.lineage.tasks.get(event.task_id)
-        if task is None or task.template.options.streaming != STREAMING:  # Forgotten; or a child of a parent that has diverged.
+        if task is None or task.template.options.streaming != STREAMING:
+            # Forgotten; or its parent has diverged: under this ID stands another task.
             self._answer(event.client, event.request_id, None)
             return
         stream = task.stream
         there = stream.num_items - event.position
-        if stream.gaps and not stream.gaps.keys().isdisjoint(range(event.position, event.position + max(1, event.limit))):
+        asked = range(event.position, event.position + max(1, event.limit))
+        if stream.gaps and not stream.gaps.keys().isdisjoint(asked):
             self._fill_gaps(task, stream)
         had = self._hand_over(event, task, stream, event.position + min(there, event.limit))
         self._answer(event.client, event.request_id, (there, stream.ended, had))

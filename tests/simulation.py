@@ -341,8 +341,11 @@ class Context:
                 yield from self.look_up()
             elif what < 0.68 and may_call and self.handles:
                 handle = rng.choice(self.handles)
+                kinds = (CALL, CALL, LASTING_CALL, LASTING_CALL, RETRIED_CALL)
+                if handle not in self.sim.exact:
+                    kinds += (STREAMED_CALL,)
                 for _ in range(rng.choice((1, 4, 8))):
-                    self.submit(rng.choice((CALL, CALL, LASTING_CALL, LASTING_CALL, RETRIED_CALL)), handle)
+                    self.submit(rng.choice(kinds), handle)
             elif what < 0.76 and self.readers:
                 yield from self.read_items(rng.choice(self.readers), may_block)
             elif what < 0.84 and may_block and (usable := self.usable()):
@@ -369,6 +372,8 @@ class Context:
         options = ActorOptions("A", name, max_restarts=rng.choice(restarts), detached=rng.random() < 0.1)
         self.submit(template, None, options)
         sim.actor_ids[self.handles[-1]] = options.detached
+        if TEMPLATES[template].checkpoint_every:
+            sim.exact[self.handles[-1]] = True
 
     def look_up(self) -> Generator[tuple[Any, ...], Any, None]:
         found = yield ("look", "ActorLookedUp", "", self.rng.choice(NAMES))
@@ -850,6 +855,7 @@ class Simulation:
         self.depth: dict[bytes, int] = {}
         self.secluded: list[bytes] = []
         self.actor_ids: dict[bytes, bool] = {}
+        self.exact: dict[bytes, bool] = {}  # those with recovery, whose methods do not stream
         self.everyone: dict[int, Worker] = {}  # also the dead
         self.contents: dict[bytes, tuple[bytes, ...]] = {}
         self._stamps = itertools.count(1)
