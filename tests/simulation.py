@@ -77,7 +77,7 @@ TEMPLATES = [
     TaskOptions(TASK, FUNCTION, "streamed", num_returns=2, resources=(CPU,), streaming=STREAMING),
     TaskOptions(TASK, FUNCTION, "pressed", num_returns=2, resources=(CPU,), max_retries=1, retry_exceptions=True, streaming=STREAMING, backpressure=2),
     TaskOptions(TASK, FUNCTION, "listed", num_returns=2, resources=(CPU,), streaming=DYNAMIC),
-    TaskOptions(ACTOR_METHOD, b"", "A.streamed", method="call", num_returns=2, max_retries=1, streaming=STREAMING, backpressure=3),
+    TaskOptions(ACTOR_METHOD, b"", "A.streamed", method="call", num_returns=2, max_retries=1, streaming=STREAMING),
 ]
 NAMES = ("a", "b")
 BLOCKING = (PLAIN, TWO, FREE, SMALL, CALL, LASTING_CALL, RETRIED_CALL, STREAMED, LISTED)
