@@ -167,8 +167,8 @@ class Actor:
         """How many of the calls in hand may have begun when the worker died executing `running`.
 
         Calls run one after the other.  Those behind the running one had not begun; those before it
-        had ended, and their answers were lost on the way.  Threads run them in any order."""
-        if running is not None and self.task.template.options.max_concurrency == 1:
+        had ended, and their answers were lost on the way.  Where several run at the same time, all may have begun."""
+        if running is not None and self.task.template.options.concurrency == 1:
             for index, task in enumerate(calls):
                 if task.spec.task_id == running:
                     return index + 1

@@ -144,6 +144,22 @@ class Loop:
                             self._pass_on()  # which it does not need.
         return True
 
+    def take_lead(self, follower: Waiter) -> bool:
+        """For a thread that has a poll of its own, an event loop's: whether it leads now, until `pass_lead`.
+
+        If not, another thread does, and `follower` is rung when it is this one's turn."""
+        if self._lead.acquire(blocking=False) or self._relieve_caretaker():
+            self._leader = threading.get_ident()
+            return True
+        if follower not in self._followers:
+            self._followers.append(follower)
+        return False
+
+    def pass_lead(self) -> None:
+        self._leader = 0
+        self._lead.release()
+        self._pass_on()
+
     def _relieve_caretaker(self) -> bool:
         if not self._caretaking or self._leader == threading.get_ident():
             return False

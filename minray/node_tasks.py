@@ -317,8 +317,7 @@ class NodeTasks(NodeObjects):
             return
         if status == ACTOR_EXITED and worker.actor is not None:
             actor = worker.actor
-            threads = actor.task.template.options.max_concurrency
-            self._bury(actor, payload[1], now, begun=0 if threads == 1 else None)
+            self._bury(actor, payload[1], now, begun=0)  # It says so when all that had begun has ended.
             if task is not actor.task:
                 self._fail_call(task, actor, may_have_run=True)
             return

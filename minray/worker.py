@@ -29,7 +29,6 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import compress, count, islice
 from time import monotonic
@@ -40,6 +39,7 @@ from minray import api, ids, object_ref
 from minray.clock import EPOCH
 from minray.channel import RECEIVE_BYTES, FrameReader, frame
 from minray.checkpoint import Checkpoints
+from minray.concurrent_calls import ConcurrentCalls, ThreadedCalls
 from minray.core_worker import CoreWorker, Resolved, TaskContext, ValueLost, unpickle_classes
 from minray.exceptions import (
     ActorDiedError, CheckpointError, GetTimeoutError, ObjectStoreFullError, make_argument_error, make_task_error,
@@ -137,7 +137,8 @@ class Worker(CoreWorker):
         self.actor: Any = None
         self.actor_id: bytes | None = None
         self.actor_options: TaskOptions | None = None
-        self._threads: ThreadPoolExecutor | None = None
+        self._concurrent: ConcurrentCalls | None = None  # runs an actor's calls beside each other
+        self._serve: Callable[[], None] | None = None  # what the main thread does instead, once an actor is there
         self._exiting = False
         self._over = False  # The actor has ended itself: nothing more is run.
         self._forked = False
@@ -163,7 +164,7 @@ class Worker(CoreWorker):
                 self._in_hand = queue[0]  # Never in neither place: see _on_Forget.
                 task = queue.popleft()
             except IndexError:
-                if self._exiting:
+                if self._exiting or self._serve is not None:
                     break
                 self.flush()
                 self._work.done = False
@@ -173,8 +174,8 @@ class Worker(CoreWorker):
                         self.loop.wait(self._work)
                 self._idle = False
                 continue
-            if self._threads is not None and self._templates_known[task[1]].kind == ACTOR_METHOD:
-                self._threads.submit(self._execute_in_thread, task)
+            if self._concurrent is not None:  # The actor is there, and all that comes is a call of it.
+                self._concurrent.take(task)
             else:
                 # First the ID, then the look: the node sets the mark first, and then looks for the ID.
                 self._black_box[:] = task[0]
@@ -190,8 +191,11 @@ class Worker(CoreWorker):
                     self.flush()
                 else:
                     object_ref.rouse()  # Should the caretaker be in the poll already, it sends this in a moment.
-        if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
+        self.flush()
+        if self._serve is not None and not self._over:
+            self._serve()
+        if self._concurrent is not None:
+            self._concurrent.close()
         self.flush()
         self._end_actor()
 
@@ -216,13 +220,6 @@ class Worker(CoreWorker):
                 last_word()
             except BaseException:
                 traceback.print_exc()
-
-    def _execute_in_thread(self, task: tuple[Any, ...]) -> None:
-        if self._over:
-            return
-        context = self._contexts[threading.get_ident()] = TaskContext(task[0], None)
-        self._execute(task, context)
-        self.flush()
 
     def _execute(self, task: tuple[Any, ...], context: TaskContext) -> None:
         task_id, template_no, args, values, _ = task
@@ -305,10 +302,16 @@ class Worker(CoreWorker):
             self._checkpoints = Checkpoints(cls, options)
             self._run_one = self._execute_and_save
             self.actor = self._restored(lambda: cls(*args, **kwargs))
+        elif options.is_async:
+            from minray.async_actor import AsyncCalls
+
+            calls = self._concurrent = AsyncCalls(self, options)
+            self._serve = calls.serve
+            self.actor = calls.construct(cls, args, kwargs)
         else:
             self.actor = cls(*args, **kwargs)
-        if options.max_concurrency > 1:
-            self._threads = ThreadPoolExecutor(options.max_concurrency, thread_name_prefix="minray-actor")
+            if options.concurrency > 1:
+                self._concurrent = ThreadedCalls(self, options)
 
     # ------------------------------------------------------------ exact recovery
 
@@ -434,8 +437,11 @@ class Worker(CoreWorker):
             self._cancelled.discard(task_id)
             return CANCELLED, (b"", "cancelled")
         if isinstance(error, ActorExit):
-            self._exiting = self._over = True
-            self.queue.clear()
+            if self._concurrent is None or options.kind != ACTOR_METHOD:
+                self._exiting = self._over = True
+                self.queue.clear()
+            elif isinstance(self._concurrent, ThreadedCalls):
+                self._concurrent.leave(options.method != "__ray_terminate__")
             return ACTOR_EXITED, (b"", str(error))
         wrapped: BaseException
         if isinstance(error, _ArgumentFailed):
@@ -553,7 +559,7 @@ class Worker(CoreWorker):
             os.write(self._wake_w, b"w")
 
     def _poll(self, timeout: float | None, caretaking: bool) -> None:
-        caretaking = caretaking or self._threads is not None  # Then others run the tasks, and this thread can.
+        caretaking = caretaking or self._concurrent is not None  # Then others run the tasks, and this thread can.
         if caretaking and self._roused:
             self._roused = False  # More may follow: a burst goes in large frames.
             timeout = HOLD_S if timeout is None else min(timeout, HOLD_S)
@@ -669,7 +675,12 @@ class Worker(CoreWorker):
                     self.queue.remove(task)
                     self._give_back([task_id])  # Not as a result: it may have been given to others, see TasksReturned.
                     return
+        if self._concurrent is not None and self._concurrent.drop(task_id):
+            self._give_back([task_id])
+            return
         self._cancelled.add(task_id)
+        if self._concurrent is not None:
+            self._concurrent.interrupt(task_id)
         if self._executing == task_id and self.actor is None:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
@@ -708,7 +719,7 @@ class Worker(CoreWorker):
     def _await(self, refs: Sequence[bytes], num_ready: int, fetch: bool, deadline: float | None) -> Any:
         object_ids = [bytes(ref) for ref in refs]
         in_main = threading.current_thread() is threading.main_thread()
-        blocks = in_main or self._threads is not None
+        blocks = in_main or self._concurrent is not None
         self._blocked += in_main  # Before the look at the queue: see _on_RunTasks.
         try:
             if in_main and self.actor is None and self.queue:
