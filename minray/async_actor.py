@@ -32,7 +32,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from time import monotonic
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minray import object_ref
 from minray.clock import EPOCH
@@ -41,9 +41,7 @@ from minray.core_worker import TaskContext
 from minray.loop import SPIN_S, WORTH_SPINNING_S, Waiter
 from minray.messages import Event
 from minray.task_spec import CANCELLED, OK, TaskOptions
-
-if TYPE_CHECKING:
-    from minray.worker import Worker
+from minray.worker import NONE, ActorExit, Worker
 
 SLICE_S = 0.001
 """So long calls are begun, and results collected, before others have a turn."""
@@ -96,7 +94,8 @@ class _Bell(Waiter):
 class AsyncCalls(ConcurrentCalls):
     def __init__(self, worker: Worker, options: TaskOptions) -> None:
         self._worker = worker
-        self._groups = {name: _Group(limit) for name, limit in (("", options.max_concurrency), *options.concurrency_groups)}
+        limits = (("", options.max_concurrency), *options.concurrency_groups)
+        self._groups = {name: _Group(limit) for name, limit in limits}
         self._running: dict[bytes, tuple[Any, ...]] = {}  # by ID: (asyncio's task, and the arguments of _ended)
         self._num_running = 0  # those, and the one that is being begun
         self._leaving: list[asyncio.Future[None]] = []  # of calls that end the actor, when others do not run any more
@@ -154,9 +153,11 @@ class AsyncCalls(ConcurrentCalls):
         if tasks:
             await asyncio.wait(tasks, timeout=LAST_WORDS_S)
 
+    def complete(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        self._loop.run_until_complete(coroutine)
+
     def close(self) -> None:
-        """After serve()."""
-        self._closed = True
+        """Nothing is left to be closed after serve(); the loop stays open for the last word."""
 
     # ------------------------------------------------------------ the selector
 
@@ -175,7 +176,10 @@ class AsyncCalls(ConcurrentCalls):
         worker._take_care()
         if not lead.take_lead(self._bell):
             self._watch_node(False)
-            return select(timeout)
+            try:
+                return select(timeout)
+            finally:
+                lead.stop_following(self._bell)
         try:
             self._watch_node(True)
             events: Events = []
@@ -277,7 +281,7 @@ class AsyncCalls(ConcurrentCalls):
             if type(value) is not CoroutineType:
                 status, payload = OK, self._payload(task_id, options, value)
         except BaseException as error:  # noqa: B036  (whatever it raises is its caller's)
-            if type(error).__name__ == "ActorExit":
+            if isinstance(error, ActorExit):
                 value = _raise(error)
             else:
                 value = None
@@ -301,7 +305,7 @@ class AsyncCalls(ConcurrentCalls):
         except asyncio.CancelledError:
             status, payload = CANCELLED, (b"", "cancelled")
         except BaseException as error:  # noqa: B036
-            if type(error).__name__ == "ActorExit":
+            if isinstance(error, ActorExit):
                 await self._others_end(options.method != "__ray_terminate__")
             status, payload = self._worker._failure(error, options, task_id)
             error.__traceback__ = None
@@ -310,6 +314,8 @@ class AsyncCalls(ConcurrentCalls):
     def _payload(self, task_id: bytes, options: TaskOptions, value: Any) -> Any:
         """What a call returned -> what the node is told."""
         worker = self._worker
+        if value is None and options.num_returns == 1:
+            return NONE
         if options.num_returns > 1:
             value = worker._parts(options, value)
         return worker._returns(task_id, options, value)
@@ -349,7 +355,7 @@ class AsyncCalls(ConcurrentCalls):
             await alone
 
     def _look_who_is_left(self) -> None:
-        if self._num_running == len(self._leaving) and not any(group.waiting for group in self._groups.values()):
+        if self._leaving and self._num_running == len(self._leaving) and not any(group.waiting for group in self._groups.values()):
             for alone in self._leaving:
                 if not alone.done():
                     alone.set_result(None)
@@ -362,6 +368,7 @@ class AsyncCalls(ConcurrentCalls):
                 if call[0] == task_id:
                     with suppress(ValueError):
                         group.waiting.remove(call)
+                        self._loop.call_soon_threadsafe(self._look_who_is_left)
                         return True
         return False
 

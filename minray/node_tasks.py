@@ -385,11 +385,11 @@ class NodeTasks(NodeObjects):
     def _fail(self, task: Task, kind: str, message: str, **attributes: Any) -> None:
         self._end(task, FAILED, error_payload(kind, message, **attributes), f"{kind}: {message.splitlines()[0]}")
 
-    def _fail_cancelled(self, task: Task) -> None:
+    def _fail_cancelled(self, task: Task, kind: str = "TaskCancelledError") -> None:
         name = task.template.options.name
         ran = "It may have run partway." if task.started_s or task.attempt else "It had not started."
         self._fail(
-            task, "TaskCancelledError", f"{name} [task {ids.short(task.spec.task_id)}] was cancelled. {ran}",
+            task, kind, f"{name} [task {ids.short(task.spec.task_id)}] was cancelled. {ran}",
             task_id=task.spec.task_id.hex(),
         )  # fmt: skip
 

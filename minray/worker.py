@@ -32,7 +32,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import compress, count, islice
 from time import monotonic
-from types import FrameType
+from types import CoroutineType, FrameType
 from typing import Any
 
 from minray import api, ids, object_ref
@@ -45,7 +45,7 @@ from minray.exceptions import (
     ActorDiedError, CheckpointError, GetTimeoutError, ObjectStoreFullError, make_argument_error, make_task_error,
 )  # fmt: skip
 from minray.interrupts import interrupt, raise_deferred, uninterruptible
-from minray.loop import SPIN_S, WORTH_SPINNING_S, Loop, Waiter
+from minray.loop import HOLD_S, SPIN_S, WORTH_SPINNING_S, Loop, Waiter
 from minray.messages import ArgumentLost, CheckpointFailed, Event, ObjectsAwaited
 from minray.object_ref import ObjectRef
 from minray.object_store import Arena
@@ -56,8 +56,6 @@ from minray.task_spec import (
     ACTOR_CREATION, ACTOR_EXITED, ACTOR_METHOD, CANCELLED, ERROR, OK, RETRYABLE_ERROR, TASK, TaskOptions, TaskSpec,
 )  # fmt: skip
 
-HOLD_S = 0.001
-"""A result waits at most this long for company."""
 BLACK_BOX_SLOTS = 4096
 BLACK_BOX_BYTES = 17 * BLACK_BOX_SLOTS
 """The start of the arena: for each worker the ID of the task that it executes, so that when it dies, or holds the GIL
@@ -217,7 +215,9 @@ class Worker(CoreWorker):
         last_word = getattr(self.actor, "__ray_shutdown__", None)
         if last_word is not None:
             try:
-                last_word()
+                said = last_word()
+                if type(said) is CoroutineType and self._concurrent is not None:
+                    self._concurrent.complete(said)
             except BaseException:
                 traceback.print_exc()
 
