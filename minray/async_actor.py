@@ -100,7 +100,10 @@ class AsyncCalls(ConcurrentCalls):
         self._num_running = 0  # those, and the one that is being begun
         self._leaving: list[asyncio.Future[None]] = []  # of calls that end the actor, when others do not run any more
         self._closed = False  # Calls that arrive now were made after the one that ends the actor.
+        self._ending = False  # serve() is over, and the loop runs for last words only
         self._beginning = False  # _begin_calls will run soon
+        self._unstepped = False  # a coroutine was begun, and its first step comes when the loop goes on
+        self._coroutines: dict[int, bool] = {}  # by template: whether the method is one
         self._warned = False
         self._thread = threading.get_ident()
         self._selector = _Selector(self)
@@ -137,7 +140,7 @@ class AsyncCalls(ConcurrentCalls):
                 self._loop.run_forever()
             except BaseException:  # sys.exit() in a callback of the program's
                 traceback.print_exc()
-        self._closed = True
+        self._closed = self._ending = True
         for task_id in list(self._running):
             self._cancel(task_id)
         try:
@@ -164,15 +167,12 @@ class AsyncCalls(ConcurrentCalls):
     def poll(self, select: Callable[[float | None], Events], timeout: float | None) -> Events:
         """Once each turn of the loop: send, then look who has news."""
         worker, lead = self._worker, self._worker.loop
-        if worker._exiting:
+        if worker._exiting and not self._ending:
             self._loop.stop()
             timeout = 0
         if worker.queue:  # Another thread has read it, or this one in a get().
             self._begin_soon()
             timeout = 0
-        sleeps = timeout is None or timeout > 0
-        if sleeps:
-            object_ref.rouse_by(self._wake)  # Before the look: what is dropped or submitted from now on rings.
         worker._take_care()
         if not lead.take_lead(self._bell):
             self._watch_node(False)
@@ -183,7 +183,9 @@ class AsyncCalls(ConcurrentCalls):
         try:
             self._watch_node(True)
             events: Events = []
-            if sleeps:
+            if timeout is None or timeout > 0:
+                object_ref.rouse_by(self._wake)  # Before the look: what is dropped or submitted from now on rings.
+                worker._take_care()
                 started = now = monotonic()
                 spin_until = started + (SPIN_S if timeout is None else min(timeout, SPIN_S))
                 while worker._spin and not events and now < spin_until:
@@ -203,7 +205,7 @@ class AsyncCalls(ConcurrentCalls):
             lead.pass_lead()
         if worker.queue:
             self._begin_soon()
-        if worker._exiting:
+        if worker._exiting and not self._ending:
             self._loop.stop()
         return events
 
@@ -238,13 +240,19 @@ class AsyncCalls(ConcurrentCalls):
             self._loop.call_soon(self._begin_calls)
 
     def _begin_calls(self) -> None:
-        self._beginning = False
+        self._beginning = self._unstepped = False
         worker, groups, until = self._worker, self._groups, monotonic() + SLICE_S
         queue, templates = worker.queue, worker._templates_known
         for group in groups.values():
             while group.waiting and group.running < group.limit:
-                with suppress(IndexError):  # Another thread was told to drop it.
-                    self._begin(group.waiting.popleft(), group)
+                try:
+                    call = group.waiting.popleft()
+                except IndexError:  # Another thread was told to drop it.
+                    break
+                if self._must_follow(call):
+                    group.waiting.appendleft(call)
+                    return
+                self._begin(call, group)
                 if monotonic() > until:
                     self._begin_soon()
                     return
@@ -252,6 +260,9 @@ class AsyncCalls(ConcurrentCalls):
             try:
                 call = queue.popleft()
             except IndexError:
+                return
+            if self._must_follow(call):
+                queue.appendleft(call)
                 return
             if self._closed:
                 continue
@@ -266,6 +277,19 @@ class AsyncCalls(ConcurrentCalls):
             if monotonic() > until:
                 self._begin_soon()
                 return
+
+    def _must_follow(self, call: Call) -> bool:
+        """A plain method runs at once, and so would overtake the coroutines that wait for their first step."""
+        if not self._unstepped:
+            return False
+        template_no = call[1]
+        is_coroutine = self._coroutines.get(template_no)
+        if is_coroutine is None:
+            method = getattr(self._worker.actor, self._worker._templates_known[template_no].method, None)
+            is_coroutine = self._coroutines[template_no] = inspect.iscoroutinefunction(method)
+        if not is_coroutine:
+            self._begin_soon()
+        return not is_coroutine
 
     def _begin(self, call: Call, group: _Group) -> None:
         worker = self._worker
@@ -292,6 +316,7 @@ class AsyncCalls(ConcurrentCalls):
             task = asyncio.Task(finish, loop=self._loop, **_EAGER)
             if not task.done():
                 self._running[task_id] = (task, value, started_s, group)
+                self._unstepped = not _EAGER
         else:
             self._ended(task_id, status, payload, started_s, group)
 
@@ -355,7 +380,8 @@ class AsyncCalls(ConcurrentCalls):
             await alone
 
     def _look_who_is_left(self) -> None:
-        if self._leaving and self._num_running == len(self._leaving) and not any(group.waiting for group in self._groups.values()):
+        others = self._num_running - len(self._leaving)
+        if self._leaving and not others and not any(group.waiting for group in self._groups.values()):
             for alone in self._leaving:
                 if not alone.done():
                     alone.set_result(None)
@@ -379,7 +405,9 @@ class AsyncCalls(ConcurrentCalls):
     def _cancel(self, task_id: bytes) -> None:
         running = self._running.get(task_id)
         if running is None:
-            self._worker._cancelled.discard(task_id)  # It has ended.
+            self._worker._cancelled.discard(task_id)  # It has ended,
+            if any(call[0] == task_id for call in self._worker.queue):  # or was on its way from one hand to the other.
+                self._worker._on_CancelTask(task_id)
         else:
             running[0].cancel()
             running[0].add_done_callback(lambda _: self._never_began(task_id))
