@@ -230,10 +230,6 @@ class AsyncCalls(ConcurrentCalls):
 
     # ------------------------------------------------------------ calls begin
 
-    def take(self, call: Call) -> None:
-        self._worker.queue.append(call)
-        self._begin_soon()
-
     def _begin_soon(self) -> None:
         if not self._beginning:
             self._beginning = True

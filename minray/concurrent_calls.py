@@ -37,9 +37,9 @@ Call = tuple[Any, ...]
 class ConcurrentCalls(ABC):
     """Runs the calls of one actor once it has been constructed."""
 
-    @abstractmethod
     def take(self, call: Call) -> None:
-        """The next that has arrived."""
+        """The next that has arrived; where the main thread itself serves the queue nobody says so."""
+        raise NotImplementedError
 
     @abstractmethod
     def drop(self, task_id: bytes) -> bool:

@@ -173,6 +173,9 @@ class Worker(CoreWorker):
                 self._idle = False
                 continue
             if self._concurrent is not None:  # The actor is there, and all that comes is a call of it.
+                if self._serve is not None:
+                    queue.appendleft(task)
+                    break
                 self._concurrent.take(task)
             else:
                 # First the ID, then the look: the node sets the mark first, and then looks for the ID.
