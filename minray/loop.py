@@ -119,6 +119,9 @@ class Loop:
             if self._lead.acquire(blocking=False) or self._relieve_caretaker():
                 self._leader = threading.get_ident()
                 try:
+                    # What the caretaker read before it stepped back may have been that this thread's task is
+                    # cancelled: a poll would not end for a signal that has come already.
+                    raise_deferred()
                     while not waiter.done and not self._closed:
                         timeout = RECHECK_S if deadline is None else deadline - monotonic()
                         if timeout <= 0:
