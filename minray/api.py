@@ -325,7 +325,8 @@ def remote(*args: Any, **given: Any) -> Any:
 
     Options of tasks: num_cpus (default 1), num_gpus, memory, resources, num_returns, name, max_retries (3),
     retry_exceptions (False), scheduling_strategy.  Of actors: num_cpus (default 0), num_gpus, memory, resources,
-    name, namespace, get_if_exists, lifetime, max_concurrency, max_restarts, max_task_retries, max_pending_calls.
+    name, namespace, get_if_exists, lifetime, max_concurrency, concurrency_groups, max_restarts, max_task_retries,
+    max_pending_calls.
 
     >>> @minray.remote(num_cpus=0.5, max_retries=0)
     ... def half(x):
@@ -400,8 +401,19 @@ def wait(
 def cancel(ref: ObjectRef[Any] | ObjectRefGenerator, *, force: bool = False, recursive: bool = True) -> None:
     """Cancel a task: getting its result raises TaskCancelledError, unless it has finished.
 
-    A task that has not started will not; in one that runs KeyboardInterrupt is raised.  `force` kills its
-    worker instead; `recursive` cancels what it has submitted, too.  A running method of an actor goes on.
+    A task or call that has not started will not.  In a task that runs KeyboardInterrupt is raised, in a coroutine
+    method of an actor asyncio.CancelledError, where it awaits.  Other methods that run go on: they may ask
+    ``get_runtime_context().is_canceled()``.
+
+    Args:
+        ref: what the task returned.
+        force: kill the worker of a task that runs; getting its result then raises an error that is a
+            WorkerCrashedError, too.
+        recursive: cancel what the task has submitted as well (calls of actors never by force).
+
+    Raises:
+        ValueError: force=True for a call of an actor: it would end the actor.
+        TypeError: `ref` is no ObjectRef.
     """
     if isinstance(ref, ObjectRefGenerator):
         ref = ref.completed()

@@ -38,6 +38,8 @@ from minray.serialization import INLINE_LIMIT, Serialized, deserialize, flat_chu
 from minray.task_spec import ActorOptions, TaskOptions, TaskSpec
 
 if TYPE_CHECKING:
+    import asyncio
+
     from minray.code_digest import Digester
 
 REQUEST_TIMEOUT_S = 60.0
@@ -465,12 +467,12 @@ class CoreWorker(ABC):
         self.await_future(_FutureWaiter(self, ref, result))
         return result
 
-    def readiness(self, object_id: bytes) -> concurrent.futures.Future[None]:
-        """A future that is done when the object is ready, whatever its value."""
-        result: concurrent.futures.Future[None] = concurrent.futures.Future()
+    def answer_to(self, make: Callable[[int], Event]) -> concurrent.futures.Future[Any]:
+        """Send an event that is answered; a future of the answer."""
+        result: concurrent.futures.Future[Any] = concurrent.futures.Future()
         request_id = next(self._request_ids)
-        self._requests[request_id] = _ReadinessWaiter(result)
-        self.send_now(ObjectsAwaited(self.client, request_id, [bytes(object_id)], 1, False, False))
+        self._requests[request_id] = _AnswerWaiter(result)
+        self.send_soon(make(request_id))
         return result
 
     def taken_over(self, object_id: bytes, had: Sequence[bytes]) -> ObjectRef[Any]:
@@ -487,7 +489,26 @@ class CoreWorker(ABC):
         request_id = next(self._request_ids)
         self._requests[request_id] = waiter
         # The ref itself is kept by the waiter; plain bytes travel.
-        self.send_now(ObjectsAwaited(self.client, request_id, [bytes(waiter.ref)], 1, True, False))
+        self.send_soon(ObjectsAwaited(self.client, request_id, [bytes(waiter.ref)], 1, True, False))
+
+    def send_soon(self, event: Event) -> None:
+        """Tell the node before this thread sleeps."""
+        self.send_now(event)
+
+    def asyncio_future(self, ref: ObjectRef[Any]) -> asyncio.Future[Any]:
+        """A future of the event loop that runs in this thread."""
+        import asyncio
+
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise RuntimeError(
+                "`await ref` and ref.as_future() need a running event loop of asyncio, and there is none in this "
+                "thread. Use minray.get(ref), or run the coroutine with asyncio.run(...)."
+            ) from None
+        waiter = _LoopWaiter(self, ref, loop)
+        self.await_future(waiter)
+        return waiter.result
 
     def value_now(self, ref: ObjectRef[Any], answer: Any) -> Any:
         """The value that an answer brings; its error, or ValueLost, is raised.  Does not wait: it runs in the loop."""
@@ -541,8 +562,8 @@ class _FutureWaiter(Waiter):
             self._future.set_exception(error)
 
 
-class _ReadinessWaiter(_FutureWaiter):
-    """Sets a future to None when an object is ready."""
+class _AnswerWaiter(_FutureWaiter):
+    """Sets a future to the answer as it is."""
 
     __slots__ = ()
 
@@ -553,7 +574,61 @@ class _ReadinessWaiter(_FutureWaiter):
     def set(self, answer: Any = None) -> None:
         self.done = True
         if self._future.running() or self._future.set_running_or_notify_cancel():
-            self._future.set_result(None)
+            self._future.set_result(answer)
+
+
+class _LoopWaiter(_FutureWaiter):
+    """Sets a future of an event loop, in that loop's thread."""
+
+    __slots__ = ("result", "_loop", "_thread")
+
+    def __init__(self, core: CoreWorker, ref: ObjectRef[Any], loop: asyncio.AbstractEventLoop) -> None:
+        Waiter.__init__(self)
+        self._core = core
+        self.ref = ref
+        self.result: asyncio.Future[Any] = loop.create_future()
+        self._loop = loop
+        self._thread = threading.get_ident()
+
+    def set(self, answer: Any = None) -> None:
+        self.done = True
+        if threading.get_ident() == self._thread:
+            self._resolve(answer)
+        else:
+            self._in_loop(self._resolve, answer)
+
+    def fail(self, error: BaseException) -> None:
+        self.done = True
+        self._in_loop(self._settle, error)
+
+    def _in_loop(self, act: Callable[[Any], None], argument: Any) -> None:
+        try:
+            self._loop.call_soon_threadsafe(act, argument)
+        except RuntimeError:  # The loop has been closed, so nobody waits.
+            if act == self._resolve:
+                self._core.unpin_unread(argument or ())
+
+    def _resolve(self, answer: Any) -> None:
+        if self.result.done():  # Cancelled.
+            self._core.unpin_unread(answer or ())
+            return
+        try:
+            value = self._core.value_now(self.ref, answer)
+        except ValueLost as lost:
+            self._core.tell_lost(lost)
+            self._core.await_future(self)
+        except BaseException as error:
+            self._settle(error)
+        else:
+            self.result.set_result(value)
+
+    def _settle(self, error: BaseException) -> None:
+        if self.result.done():
+            return
+        try:
+            self.result.set_exception(error)
+        except TypeError:  # A StopIteration cannot leave a coroutine.
+            self.result.set_exception(RuntimeError(f"the task raised StopIteration: {error}"))
 
 
 def _fault(error: OSError) -> str:

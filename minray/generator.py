@@ -15,13 +15,14 @@ waits for what they bring), and passing a generator on (its items can be passed,
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from minray import ids, serialization
 from minray.interrupts import uninterruptible
-from minray.messages import ItemsRequested, RoomAwaited, RoomAbandoned
+from minray.messages import ItemsRequested, ObjectsAwaited, RoomAbandoned, RoomAwaited
 from minray.object_ref import ObjectRef, restore
 from minray.serialization import serialize
 from minray.task_spec import DYNAMIC, TaskOptions
@@ -95,7 +96,7 @@ class ObjectRefGenerator:
             if self._over or not self._take():
                 raise StopAsyncIteration
             if not refs and not self._over:
-                await asyncio.wrap_future(self._core.readiness(self._next_id()))
+                await asyncio.wrap_future(self._next_to_come())
         return refs.popleft()
 
     def next_ready(self) -> bool:
@@ -118,6 +119,10 @@ class ObjectRefGenerator:
     def task_id(self) -> bytes:
         """The ID of the task that yields the items."""
         return self._task_id
+
+    def _next_to_come(self) -> concurrent.futures.Future[Any]:
+        core, next_id = self._core, self._next_id()
+        return core.answer_to(lambda rid: ObjectsAwaited(core.client, rid, [next_id], 1, False, False))
 
     def awaited(self) -> bytes:
         """For wait(): the object that is ready when the next item is there, or the end."""
@@ -270,7 +275,7 @@ class Producer:
 
     def __init__(self, worker: Worker, task_id: bytes, options: TaskOptions) -> None:
         self._worker = worker
-        self._task_id = task_id
+        self.task_id = task_id
         self._options = options
         self._limit = options.backpressure
         self._taken = 0  # by the reader, as far as is known
@@ -278,19 +283,19 @@ class Producer:
 
     def put(self, value: Any) -> None:
         """Make the next item of it.  Raises TypeError when it cannot be pickled, ObjectStoreFullError without room."""
-        worker, item_id = self._worker, ids.item_id(self._task_id, self.count)
+        worker, item_id = self._worker, ids.item_id(self.task_id, self.count)
         serialized = serialize(value, f"item {self.count} of {self._options.name}()")
         try:
             stored = worker.store(item_id, serialized)
         except BaseException:
             worker.send(RoomAbandoned(worker.client, item_id))
             raise
-        worker.send_item(self._task_id, self.count, stored, False)
+        worker.send_item(self.task_id, self.count, stored, False)
         self.count += 1
 
     def put_error(self, error: bytes) -> None:
         """The last item: `get` will raise it."""
-        self._worker.send_item(self._task_id, self.count, (error, len(error), ()), True)
+        self._worker.send_item(self.task_id, self.count, (error, len(error), ()), True)
         self.count += 1
 
     @property
@@ -299,8 +304,10 @@ class Producer:
 
     def await_room(self) -> None:
         """Stand still until the reader has taken enough, or has gone."""
-        worker, task_id = self._worker, self._task_id
-        taken = worker.stand_still(lambda rid, blocks: RoomAwaited(worker.client, rid, task_id, blocks))
+        worker, task_id = self._worker, self.task_id
+        self._go_on(worker.stand_still(lambda rid, blocks: RoomAwaited(worker.client, rid, task_id, blocks)))
+
+    def _go_on(self, taken: int | None) -> None:
         if taken is None:
             self._limit = 0
         else:
@@ -323,9 +330,37 @@ class Producer:
             if close is not None:
                 close()
 
+    async def run_beside_others(self, generator: Any) -> Any:
+        """The same on an event loop, which others have a turn of; also for an asynchronous generator."""
+        worker, task_id = self._worker, self.task_id
+        is_async = hasattr(generator, "__anext__")
+        try:
+            while True:
+                try:
+                    value = await generator.__anext__() if is_async else next(generator)
+                except StopIteration as end:
+                    return end.value
+                except StopAsyncIteration:
+                    return None
+                self.put(value)
+                del value
+                if self.is_full:
+                    self._go_on(
+                        await asyncio.wrap_future(
+                            worker.answer_to(lambda rid: RoomAwaited(worker.client, rid, task_id, False))
+                        )
+                    )
+                elif not is_async:
+                    await asyncio.sleep(0)
+        finally:
+            if is_async:
+                await generator.aclose()
+            elif hasattr(generator, "close"):
+                generator.close()
+
     def result(self) -> Any:
         """Of a "dynamic" one: the refs to all that was sent."""
-        return _Yielded(self._task_id, self.count)
+        return _Yielded(self.task_id, self.count)
 
 
 __all__ = ["DynamicObjectRefGenerator", "ObjectRefGenerator", "Producer"]

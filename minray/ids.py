@@ -6,7 +6,7 @@ An ID is 16 bytes: ``prefix`` (8) + ``counter`` (4) + ``index`` (4), big endian.
 * ``counter`` numbers the children of that parent, from 1, in program order.
 * ``index`` is 0 for the task itself *and* for its first return value (a task and
   its first result share one name), ``i`` for return value ``i`` (a streaming generator has two,
-  see streams.py, and item ``k`` of it is return ``k + 2``), and
+  see node_streams.py, and item ``k`` of it is return ``k + 2``), and
   ``PUT_BIT | n`` for the n-th object that the task itself ``put``, and with
   ``CHECKPOINT_BIT`` as well for the n-th checkpoint of an actor.  Its two highest values mark
   the IDs of workers and nodes: the job's prefix and a number.
@@ -62,7 +62,7 @@ def item_id(task_id: bytes, item: int) -> bytes:
 
 
 def reader_id(task_id: bytes) -> bytes:
-    """The object that stands for whoever reads a streaming generator: see streams.py."""
+    """The object that stands for whoever reads a streaming generator: see node_streams.py."""
     return task_id[:12] + b"\0\0\0\1"
 
 

@@ -172,8 +172,8 @@ class Node(NodeWorkers):
     def take_rows(self, now: float) -> dict[str, list[tuple[Any, ...]]]:
         """Everything that changed since the last call, one row a thing however often it changed."""
         for worker in self.scheduler.workers.values():
-            threads = 1 if worker.actor is None else worker.actor.task.template.options.max_concurrency
-            for task in islice(worker.in_flight.values(), threads):
+            running = 1 if worker.actor is None else worker.actor.task.template.options.concurrency
+            for task in islice(worker.in_flight.values(), running):
                 if task.state == SUBMITTED_TO_WORKER:
                     task.state = RUNNING
                     task.started_s = task.started_s or max(worker.progressed_s, task.submitted_s)

@@ -148,6 +148,8 @@ class NodeStreams(NodeRecovery):
                     self.lineage.seal(entry, (error, len(error), ()), True, self._now)
                 else:  # It was lost after it had come.
                     self._want_again(entry)
+        if stream.room is not None and stream.room.remaining:  # It was cancelled while it waited.
+            self._close_request(self.scheduler.workers[stream.room.client], stream.room.request_id)
         if task.template.options.streaming == DYNAMIC:
             self._reader_gone(task)
 

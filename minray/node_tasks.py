@@ -323,8 +323,7 @@ class NodeTasks(NodeObjects):
             return
         if status == ACTOR_EXITED and worker.actor is not None:
             actor = worker.actor
-            threads = actor.task.template.options.max_concurrency
-            self._bury(actor, payload[1], now, begun=0 if threads == 1 else None)
+            self._bury(actor, payload[1], now, begun=0)  # It says so when all that had begun has ended.
             if task is not actor.task:
                 self._fail_call(task, actor, may_have_run=True)
             return
@@ -394,11 +393,11 @@ class NodeTasks(NodeObjects):
     def _fail(self, task: Task, kind: str, message: str, **attributes: Any) -> None:
         self._end(task, FAILED, error_payload(kind, message, **attributes), f"{kind}: {message.splitlines()[0]}")
 
-    def _fail_cancelled(self, task: Task) -> None:
+    def _fail_cancelled(self, task: Task, kind: str = "TaskCancelledError") -> None:
         name = task.template.options.name
         ran = "It may have run partway." if task.started_s or task.attempt else "It had not started."
         self._fail(
-            task, "TaskCancelledError", f"{name} [task {ids.short(task.spec.task_id)}] was cancelled. {ran}",
+            task, kind, f"{name} [task {ids.short(task.spec.task_id)}] was cancelled. {ran}",
             task_id=task.spec.task_id.hex(),
         )  # fmt: skip
 

@@ -45,6 +45,14 @@ _RESOURCES = (
 )
 _STRATEGY = (lambda v: v in ("DEFAULT", "SPREAD"), '"DEFAULT" or "SPREAD" (on one machine both mean the same)')
 
+_GROUPS = (
+    lambda v: (
+        isinstance(v, Mapping)
+        and all(isinstance(k, str) and bool(k) and _is_int(limit) and limit >= 1 for k, limit in v.items())
+    ),
+    "a dict of names of groups and how many of their calls may run at the same time, 1 or more",
+)
+
 _BOTH: dict[str, tuple[Check, str]] = {
     "num_cpus": _AMOUNT,
     "num_gpus": (lambda v: _is_amount(v) and (v <= 1 or v == int(v)), "a fraction up to 1, or a whole number"),
@@ -71,6 +79,7 @@ ACTOR: dict[str, tuple[Check, str]] = {
     "get_if_exists": _BOOL,
     "lifetime": (lambda v: v in ("detached", "non_detached"), '"detached" or "non_detached"'),
     "max_concurrency": (lambda v: _is_int(v) and v >= 1, "an integer, 1 or more"),
+    "concurrency_groups": _GROUPS,
     "max_restarts": _RETRIES,
     "max_task_retries": _RETRIES,
     "max_pending_calls": (lambda v: _is_int(v) and (v == -1 or v >= 1), "an integer, 1 or more, or -1 for no limit"),
@@ -83,13 +92,12 @@ METHOD: dict[str, tuple[Check, str]] = {
     "name": _TEXT,
     "max_task_retries": _RETRIES,
     "retry_exceptions": _CLASSES,
+    "concurrency_group": _TEXT,
 }
 NOT_YET = {
     "runtime_env": "environments of a task's own are not supported yet; workers have the driver's",
     "placement_group": "placement groups are not supported yet",
     "placement_group_bundle_index": "placement groups are not supported yet",
-    "concurrency_groups": "concurrency groups are not supported yet; max_concurrency gives an actor threads",
-    "concurrency_group": "concurrency groups are not supported yet; max_concurrency gives an actor threads",
     "max_calls": "workers are not replaced after a number of calls",
     "accelerator_type": "accelerators have no types here; declare resources={'A100': 1} in init() instead",
     "label_selector": "nodes have no labels yet; declare resources in init() instead",
@@ -121,7 +129,7 @@ def is_exact(given: Mapping[str, Any]) -> bool:
     return "checkpoint_every" in given or "checkpoint_interval_s" in given
 
 
-def check_exact(given: Mapping[str, Any], where: str) -> None:
+def check_exact(given: Mapping[str, Any], where: str, is_async: bool) -> None:
     """Raises ValueError for options of an actor that exact recovery cannot go with."""
     if not is_exact(given):
         return
@@ -136,6 +144,12 @@ def check_exact(given: Mapping[str, Any], where: str) -> None:
         raise ValueError(
             f"{where}({asked}=..., max_concurrency={given['max_concurrency']}): calls that run at the same time have "
             "no order in which they could be replayed. Leave out one of the two."
+        )
+    if given.get("concurrency_groups") or is_async:
+        why = "concurrency_groups=..." if given.get("concurrency_groups") else "on a class with coroutine methods"
+        raise ValueError(
+            f"{where}({asked}=...) {why}: calls that run at the same time have no order in which they could be "
+            "replayed. Leave out one of the two."
         )
 
 

@@ -338,6 +338,8 @@ class Zygote:
                 from minray import worker
 
                 worker.main(sock, self.config, number=message[1], path=message[2], directory=message[3])
+        except SystemExit:
+            raise  # It has said why.
         except BaseException:
             sys.excepthook(*sys.exc_info())
             raise

@@ -488,3 +488,94 @@ def test_methods_are_dynamic_too(module_session):
 
     maker = Maker.remote()
     assert [minray.get(one) for one in minray.get(maker.make.remote(3))] == [0, 1, 2]
+
+
+# ---------------------------------------------------------------- asyncio actors
+
+
+@minray.remote
+class Ticker:
+    def __init__(self):
+        self.go = asyncio.Event()
+        self.cleaned = False
+
+    async def ticks(self, n):
+        for i in range(n):
+            await asyncio.sleep(0)
+            yield i
+
+    async def waits(self):
+        try:
+            yield "ready"
+            await self.go.wait()
+            yield "gone"
+        finally:
+            self.cleaned = True
+
+    def plain(self, n):
+        yield from range(n)
+
+    @minray.method(_generator_backpressure_num_objects=2)
+    async def held_back(self, n):
+        for i in range(n):
+            self.made = i + 1
+            yield i
+
+    async def raises(self):
+        yield 1
+        raise ValueError("async")
+
+    @minray.method(num_returns="dynamic")
+    async def listed(self, n):
+        for i in range(n):
+            yield i
+
+    async def start(self):
+        self.go.set()
+
+    async def facts(self):
+        return getattr(self, "made", 0), self.cleaned
+
+
+def test_async_generators_of_an_actor_stream(module_session):
+    ticker = Ticker.remote()
+    assert minray.get(list(ticker.ticks.remote(3))) == [0, 1, 2]
+    assert minray.get(list(ticker.plain.remote(3))) == [0, 1, 2]
+    assert [minray.get(ref) for ref in minray.get(ticker.listed.remote(3))] == [0, 1, 2]
+
+
+def test_other_calls_run_while_an_async_generator_waits(module_session):
+    ticker = Ticker.remote()
+    generator = ticker.waits.remote()
+    assert minray.get(next(generator), timeout=20) == "ready"
+    minray.get(ticker.start.remote(), timeout=20)
+    assert minray.get(next(generator), timeout=20) == "gone"
+    assert list(generator) == []
+
+
+def test_other_calls_run_while_an_async_generator_has_no_room(module_session):
+    ticker = Ticker.remote()
+    generator = ticker.held_back.remote(5)
+    assert minray.get(next(generator), timeout=20) == 0
+    made, _ = minray.get(ticker.facts.remote(), timeout=20)
+    assert made <= 3
+    assert minray.get(list(generator)) == [1, 2, 3, 4]
+
+
+def test_an_async_generator_that_raises_ends_with_the_error(module_session):
+    ticker = Ticker.remote()
+    one, error = ticker.raises.remote()
+    assert minray.get(one) == 1
+    with pytest.raises(ValueError, match="async"):
+        minray.get(error)
+
+
+def test_an_async_generator_is_cancelled(module_session):
+    ticker = Ticker.remote()
+    generator = ticker.waits.remote()
+    assert minray.get(next(generator), timeout=20) == "ready"
+    minray.cancel(generator)
+    (last,) = generator
+    with pytest.raises(exceptions.TaskCancelledError):
+        minray.get(last)
+    assert minray.get(ticker.facts.remote())[1]  # It has cleaned up.
