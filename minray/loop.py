@@ -31,6 +31,8 @@ sleeps costs both sides more than the answer takes (sync calls 5,000/s without, 
 process never spins: its last wait was long."""
 WORTH_SPINNING_S = 0.00025
 """A wait that ended by then, waking included, would have been met by spinning."""
+HOLD_S = 0.001
+"""In a worker a result waits at most this long for company."""
 HAND_OVER_S = 0.02
 """How long a thread waits for the caretaker to step back before it lets the caretaker serve it."""
 CLOSE_S = 5.0
@@ -120,6 +122,9 @@ class Loop:
             if self._lead.acquire(blocking=False) or self._relieve_caretaker():
                 self._leader = threading.get_ident()
                 try:
+                    # What the caretaker read before it stepped back may have been that this thread's task is
+                    # cancelled: a poll would not end for a signal that has come already.
+                    raise_deferred()
                     while not waiter.done and not self._closed:
                         timeout = RECHECK_S if deadline is None else deadline - monotonic()
                         if timeout <= 0:
@@ -147,6 +152,27 @@ class Loop:
                         if waiter.done or (deadline is not None and deadline <= monotonic()):
                             self._pass_on()  # which it does not need.
         return True
+
+    def take_lead(self, follower: Waiter) -> bool:
+        """For a thread that has a poll of its own, an event loop's: whether it leads now, until `pass_lead`.
+
+        If not, another thread does, and `follower` is rung when it is this one's turn, until `stop_following`."""
+        if self._lead.acquire(blocking=False) or self._relieve_caretaker():
+            self._leader = threading.get_ident()
+            return True
+        self._followers.append(follower)
+        return False
+
+    def stop_following(self, follower: Waiter) -> None:
+        try:
+            self._followers.remove(follower)
+        except ValueError:  # It is this thread's turn, which it does not take now.
+            self._pass_on()
+
+    def pass_lead(self) -> None:
+        self._leader = 0
+        self._lead.release()
+        self._pass_on()
 
     def _relieve_caretaker(self) -> bool:
         if not self._caretaking or self._leader == threading.get_ident():

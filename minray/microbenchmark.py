@@ -49,7 +49,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -123,6 +123,10 @@ def nap() -> tuple[float, float]:
     began = clock()
     time.sleep(0.001)
     return began, clock()
+
+
+def count_up(n: int) -> Iterator[int]:
+    yield from range(n)
 
 
 class Server:
@@ -375,6 +379,17 @@ def multi_client_tasks_async(b: Backend) -> float:
 
     clients = [ray.remote(Client).remote() for _ in range(4)]
     return b.rate(lambda: b.get([client.run.remote(1000) for client in clients]), 4000)
+
+
+@row("tasks", RAYLIKE, Figure("single client streaming generator items", "items/s"))
+def generator_items(b: Backend) -> float:
+    get, stream = b.get, b.ray.remote(num_returns="streaming")(count_up)
+
+    def read() -> None:
+        for ref in stream.remote(1000):
+            get(ref)
+
+    return b.rate(read, 1000)
 
 
 @row("tasks", CALLERS, Figure("single client wait 1k refs", "drains/s", 5.1))

@@ -450,6 +450,11 @@ class Raylet:
 
     def _kill_worker(self, command: KillWorker) -> None:
         if command.only_if_running is None or self._running_task(command.client) == command.only_if_running:
+            if command.only_if_running is not None and command.client in self._channels:
+                # The node does not know that it dies.  Should its task end in this very moment, it must not be
+                # given another one, an actor perhaps: what it says is heard when it is dead.
+                with suppress(OSError, ValueError):
+                    self._epoll.unregister(self._channels[command.client].fd)
             self._zygote.kill_worker(command.client)
 
     def _warn(self, command: Warn) -> None:

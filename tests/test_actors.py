@@ -146,7 +146,8 @@ def test_a_class_with_options_in_the_decorator_is_an_actor_class() -> None:
         ({"max_pending_calls": 0}, "-1 for no limit"),
         ({"name": ""}, "not empty"),
         ({"num_returns": 2}, "num_returns"),
-        ({"concurrency_groups": {"io": 2}}, "not supported yet"),
+        ({"concurrency_groups": {"io": 0}}, "1 or more"),
+        ({"concurrency_groups": ["io"]}, "a dict"),
     ],
 )
 def test_an_option_that_cannot_be_is_refused_with_its_name(given: dict[str, Any], error: str) -> None:
@@ -184,14 +185,6 @@ def test_an_unknown_method_is_an_attribute_error_with_the_nearest_name() -> None
     with pytest.raises(AttributeError, match=r"has no method 'ad'\. Did you mean add\.remote\(\)\?"):
         _ = Counter.remote().ad
     assert "add" in dir(Counter.remote())
-
-
-def test_a_coroutine_method_is_refused_with_the_way_out() -> None:
-    class Async:
-        async def fetch(self) -> None: ...
-
-    with pytest.raises(NotImplementedError, match=r"Async\.fetch is a coroutine method.*max_concurrency"):
-        minray.remote(Async)
 
 
 def test_every_kind_of_method_can_be_called() -> None:
@@ -840,6 +833,11 @@ class Threads:
     def wait_at(self, gate: Gate) -> None:
         gate.wait()
 
+    def pass_both(self, begun: Gate, gate: Gate) -> str:
+        begun.wait()
+        gate.wait()
+        return "passed"
+
     def leave(self) -> None:
         minray.exit_actor()
 
@@ -858,12 +856,29 @@ def test_methods_of_an_actor_with_threads_run_at_the_same_time_and_may_wait() ->
     assert minray.get([threads.nested.remote(x) for x in range(20)]) == [2 * x for x in range(20)]
 
 
-def test_an_actor_with_threads_ends_though_one_of_them_stands_still(gate: Gate) -> None:
+@pytest.mark.parametrize("how", ["leave", "__ray_terminate__"])
+def test_an_actor_with_threads_that_leaves_lets_those_finish_that_have_begun(gate: Gate, tmp_path: Path, how: str) -> None:
+    threads, begun = Threads.options(max_concurrency=2).remote(), Gate(tmp_path / "begun")
+    pid = minray.get(threads.pid.remote())
+    waiting = threads.pass_both.remote(begun, gate)
+    begun.open()
+    leaving = getattr(threads, how).remote()
+    later = threads.pid.remote()
+    assert minray.wait([leaving], timeout=0.1) == ([], [leaving])
+    gate.open()
+    assert minray.get(waiting) == "passed"
+    with pytest.raises(ActorDiedError):
+        minray.get(leaving)
+    with pytest.raises(ActorDiedError, match="was not run"):
+        minray.get(later)
+    assert has_ended(pid)
+
+
+def test_an_actor_with_threads_is_killed_though_one_of_them_stands_still(gate: Gate) -> None:
     threads = Threads.remote()
     pid = minray.get(threads.pid.remote())
     waiting = threads.wait_at.remote(gate)
-    with pytest.raises(ActorDiedError):
-        minray.get(threads.leave.remote())
+    minray.kill(threads)
     with pytest.raises(ActorDiedError, match="may have run partway"):
         minray.get(waiting)
     assert has_ended(pid)

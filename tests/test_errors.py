@@ -303,7 +303,7 @@ def test_one_of_several_results_that_cannot_be_pickled_is_named(module_session):
 
 
 def test_a_generator_as_the_one_result_is_refused_with_words(module_session):
-    @minray.remote
+    @minray.remote(num_returns=1)
     def generate():
         yield 1
 
