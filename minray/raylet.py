@@ -95,6 +95,7 @@ class Raylet:
         self._hold_next = hold_next  # mark there that a worker shall not start another, or (False) that it is new
         self._zygote = zygote
         self._channels: dict[int, Channel] = {}  # by worker number
+        self._dying: dict[int, Channel] = {}  # of workers that are being killed although the node counts on them
         self._by_fd: dict[int, tuple[str, int]] = {}
         self._closing: dict[int, float] = {}  # workers whose socket has closed: give up on the zygote's word then
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -365,6 +366,8 @@ class Raylet:
 
     def _worker_died(self, number: int, reason: str, now: float) -> None:
         self._closing.pop(number, None)
+        if number in self._dying:
+            self._channels[number] = self._dying.pop(number)
         channel = self._channels.get(number)
         if channel is not None:  # What it sent before it died still counts.
             while frames := channel.receive():
@@ -389,7 +392,8 @@ class Raylet:
         self._epoll.register(self._zygote.sock.fileno(), select.EPOLLIN)
         workers = self.node.scheduler.workers
         # The idle ones first: else the node would give them what the others had in hand, and that lost more attempts.
-        for number in sorted(self._channels, key=lambda number: number in workers and bool(workers[number].in_flight)):
+        gone = {**self._channels, **self._dying}
+        for number in sorted(gone, key=lambda number: number in workers and bool(workers[number].in_flight)):
             self._worker_died(number, "was killed with the zygote, its parent", now)
         self._gcs_died(now)
 
@@ -450,11 +454,13 @@ class Raylet:
 
     def _kill_worker(self, command: KillWorker) -> None:
         if command.only_if_running is None or self._running_task(command.client) == command.only_if_running:
-            if command.only_if_running is not None and command.client in self._channels:
+            channel = self._channels.get(command.client)
+            if command.only_if_running is not None and channel is not None:
                 # The node does not know that it dies.  Should its task end in this very moment, it must not be
-                # given another one, an actor perhaps: what it says is heard when it is dead.
+                # given another one, an actor perhaps: what it says is heard when it is dead, and it is told nothing.
+                self._dying[command.client] = self._channels.pop(command.client)
                 with suppress(OSError, ValueError):
-                    self._epoll.unregister(self._channels[command.client].fd)
+                    self._epoll.unregister(channel.fd)
             self._zygote.kill_worker(command.client)
 
     def _warn(self, command: Warn) -> None:
@@ -611,9 +617,10 @@ class Raylet:
     def _close_descriptors(self) -> None:
         if self._gcs is not None:
             self._gcs.close()
-        for channel in self._channels.values():
+        for channel in (*self._channels.values(), *self._dying.values()):
             channel.close()
         self._channels.clear()
+        self._dying.clear()
         self._epoll.close()
         os.close(self._wake_r)
         os.close(self._wake_w)
