@@ -60,6 +60,8 @@ class TaskOptions(NamedTuple):
     interface: bytes = b""  # of an actor: the pickled `actor.Interface` that a handle to it needs
     checkpoint_every: int = 0  # calls of an actor; 0: not by number
     checkpoint_interval_s: float = 0.0  # 0: not by time
+    runtime_env: str = ""  # JSON, as `runtime_env.resolve` makes it; "": none, the process as it is forked
+    max_calls: int = 0  # so many calls of this function, and the worker is replaced; 0: never
 
 
 class ActorOptions(NamedTuple):
