@@ -166,7 +166,7 @@ class ActorClass:
             class_name=self._class.__name__,
             name=name,
             namespace=given.get("namespace") or core.namespace,
-            detached=given.get("lifetime") == "detached",
+            detached=(given.get("lifetime") or core.default_lifetime) == "detached",
             max_restarts=given.get("max_restarts", -1 if options.is_exact(given) else 0),
         )
         actor_id = core.context().next_task_id()
@@ -207,6 +207,7 @@ class ActorClass:
                 checkpoint_every=given.get("checkpoint_every", 0),
                 checkpoint_interval_s=float(given.get("checkpoint_interval_s", 0)),
                 interface=to_bytes(serialize(self._interface, f"the @method options of {self.__name__}")),
+                runtime_env=core.environment_of(given.get("runtime_env")),
             )
         )
         self._known_to = core.token

@@ -67,6 +67,9 @@ class RemoteFunction(Generic[R]):
                 resources=options.resources_of(given, default_cpus=1),
                 max_retries=given.get("max_retries", 3),
                 retry_exceptions=options.retry_exceptions_of(given.get("retry_exceptions", False)),
+                runtime_env=core.environment_of(given.get("runtime_env")),
+                # As in Ray: what a library holds of a GPU's memory is free again only when its process has ended.
+                max_calls=given.get("max_calls", 1 if given.get("num_gpus") else 0),
             )
         )
         self._known_to = core.token

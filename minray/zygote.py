@@ -186,7 +186,11 @@ def main(fd: int) -> None:
         with suppress(Exception):  # A worker that needs it will say what is wrong with it.
             __import__(name)
     import minray.worker  # noqa: F401
+    from minray import process_title
 
+    process_title.prefix = config["title"]
+    process_title.begin()
+    process_title.show("zygote")
     gc.collect()
     gc.freeze()  # Children share these pages; a collection would write to each of them.
     zygote = Zygote(sock, config)
@@ -329,8 +333,9 @@ class Zygote:
             if os.getppid() != parent:
                 return  # The zygote died before the line above.
             if message[0] == "gcs":
-                from minray import gcs
+                from minray import gcs, process_title
 
+                process_title.show("gcs")
                 path = os.path.join(self.config["session"], "gcs.sqlite")
                 gcs.main(sock, path, self.config["history"], self.config["job"])
             else:
