@@ -17,8 +17,8 @@ from minray.exceptions import error_payload
 from minray.lineage import Task, Template
 from minray.messages import (
     DRIVER, CancelRequested, CancelTask, DefineFunction, DefineTemplate, FunctionExported, GcsRecovered, GcsStalled,
-    KillWorker, MarkReconstructed, RestoreActor, RunTasks, SetUpEnvironment, TasksFinished, TasksReturned, TasksSubmitted,
-    TemplateDefined,
+    KillWorker, MarkReconstructed, RestoreActor, RunTasks, SetUpEnvironment, TasksFinished, TasksReturned,
+    TasksSubmitted, TemplateDefined,
 )  # fmt: skip
 from minray.node_objects import NodeObjects
 from minray.scheduler import Client, WorkerRecord

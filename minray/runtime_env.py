@@ -39,7 +39,7 @@ REFUSED = {
     "_nsight": "workers are not started under a profiler",
     "rocprof_sys": "workers are not started under a profiler",
     "_rocprof_sys": "workers are not started under a profiler",
-    "py_executable": "workers are forked from one warm process and run the driver's Python; start the driver with another",
+    "py_executable": "workers are forks of one process and run the driver's Python; start the driver with another",
     "java_jars": "there are no Java workers",
     "mpi": "workers are not started by MPI",
     "_ray_release": "it names internals of Ray",
@@ -140,7 +140,7 @@ def _env_vars(value: Any) -> dict[str, str]:
             raise TypeError(f'runtime_env["env_vars"]: {name!r} cannot be the name of an environment variable.')
         if not isinstance(text, str):
             raise TypeError(
-                f'runtime_env["env_vars"][{name!r}] must be a string, got {text!r}; write {str(text)!r} if that is meant.'
+                f'runtime_env["env_vars"][{name!r}] must be a string, got {text!r}; write {str(text)!r} if you mean that.'
             )
         if "\0" in text:
             raise ValueError(f'runtime_env["env_vars"][{name!r}] contains a null character.')
@@ -265,7 +265,8 @@ def _hook(value: Any) -> str:
 
         return PICKLED + base64.b64encode(serialize_function(value)).decode()
     raise TypeError(
-        f'runtime_env["worker_process_setup_hook"] must be a function without arguments or "module.name", got {value!r}.'
+        'runtime_env["worker_process_setup_hook"] must be a function without arguments, or "module.name", '
+        f"got {value!r}."
     )
 
 

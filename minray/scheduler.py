@@ -279,7 +279,7 @@ class Scheduler:
         worker.idle_since = now
         self.idle[worker.client] = worker
         if len(self.idle) > self.pool_size:
-            self._wake_by(now if self._too_many() else now + IDLE_WORKER_S)
+            self._wake_by(now if self._too_many() > 0 else now + IDLE_WORKER_S)
 
     def _too_many(self) -> int:
         """How many idle workers must not wait for their end: each environment would keep some otherwise."""
@@ -491,9 +491,9 @@ class Scheduler:
             assert worker.client not in self.idle, f"{name} is idle and holds resources"
             assert worker.in_flight or worker.actor is not None, f"{name} holds resources and has nothing to do"
             assert (worker.client in shape.leased) != shape.exclusive, f"{name} is not where its lease is"
-            strangers = [task for task in worker.in_flight.values() if task.template.shape.environment != shape.environment]
-            assert all(task.template.options.kind == ACTOR_METHOD for task in strangers), f"{name} runs what it must not"
             assert worker.environment == shape.environment, f"{name} is of another environment than its lease"
+            for options in (task.template.options for task in worker.in_flight.values()):
+                assert options.kind == ACTOR_METHOD or options.runtime_env == worker.environment, f"{name} is of another"
             assert worker.blocked >= 0, f"{name} is blocked {worker.blocked} times"
             for resource, amount in shape.resources:
                 if resource != "CPU" or not worker.blocked:

@@ -170,7 +170,8 @@ def _walk(path: str, excludes: Sequence[str]) -> Iterator[Entry]:
             raise ValueError(
                 f"runtime_env: {directory} cannot be read: {error.strerror}. Name it in excludes, if it is not needed."
             ) from None
-        rules = rules + [rule for item in found if item.name in IGNORE_FILES for rule in _ignore_file(item.path, prefix)]
+        lists = [item.path for item in found if item.name in IGNORE_FILES]
+        rules = rules + [rule for ignore_file in lists for rule in _ignore_file(ignore_file, prefix)]
         for item in found:
             name = prefix + item.name
             is_directory = item.is_dir()
