@@ -154,7 +154,8 @@ class Worker(CoreWorker):
         self._environment = ""  # to be set up, or set up
         self._title = process_title.IDLE  # what the process is called between tasks
         self._titled = False  # it is called after a task
-        self._seen = b""  # the task that was executed at the last look
+        self._seen = b""  # the task that was executed at the last look, and at the first look at it:
+        self._seen_s = 0.0
         self._checkpoints: Checkpoints | None = None
         self._saving = False
         self._restore_from: tuple[int, Any] | None = None  # its number, and the checkpoint as it was fetched
@@ -520,14 +521,15 @@ class Worker(CoreWorker):
     # ------------------------------------------------------------ the title
 
     def _mind_title(self) -> float | None:
-        """The process is called after a task that was executed at the last look, too; after how long to look again.
+        """Look whether the process shall be called after a task; when to look again, in seconds.
 
         Called by the caretaker: a short task never comes this far."""
         if self._titled or self.actor_id is not None:
             return None
-        running = bytes(self._black_box)
+        running, now = bytes(self._black_box), monotonic()
         if running != self._seen or running == ids.NIL:
-            self._seen = running
+            self._seen, self._seen_s = running, now
+        if running == ids.NIL or now - self._seen_s < TITLE_AFTER_S:
             return TITLE_AFTER_S
         self._titled = True  # First: if the task ends now, `_untitle` has its say, or the look below.
         process_title.show(self.label() or "task")

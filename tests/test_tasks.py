@@ -120,7 +120,7 @@ def test_an_async_function_is_refused_as_a_task():
         ({"scheduling_strategy": "RANDOM"}, ValueError, r'"DEFAULT" or "SPREAD"'),
         ({"num_returns": "streaming"}, NotImplementedError, r'num_returns="streaming"'),
         ({"num_returns": "dynamic"}, NotImplementedError, r'num_returns="dynamic"'),
-        ({"runtime_env": {}}, NotImplementedError, r"runtime_env"),
+        ({"runtime_env": {"conda": "base"}}, NotImplementedError, r"runtime_env.*conda"),
         ({"placement_group": 1}, NotImplementedError, r"placement groups are not supported yet"),
         ({"max_restarts": 1}, TypeError, r"max_restarts.*actors"),
     ],
