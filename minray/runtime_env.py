@@ -140,7 +140,7 @@ def _env_vars(value: Any) -> dict[str, str]:
             raise TypeError(f'runtime_env["env_vars"]: {name!r} cannot be the name of an environment variable.')
         if not isinstance(text, str):
             raise TypeError(
-                f'runtime_env["env_vars"][{name!r}] must be a string, got {text!r}; write {str(text)!r} if you mean that.'
+                f'runtime_env["env_vars"][{name!r}] must be a string, got {text!r}; you may mean {str(text)!r}.'
             )
         if "\0" in text:
             raise ValueError(f'runtime_env["env_vars"][{name!r}] contains a null character.')

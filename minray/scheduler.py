@@ -493,7 +493,8 @@ class Scheduler:
             assert (worker.client in shape.leased) != shape.exclusive, f"{name} is not where its lease is"
             assert worker.environment == shape.environment, f"{name} is of another environment than its lease"
             for options in (task.template.options for task in worker.in_flight.values()):
-                assert options.kind == ACTOR_METHOD or options.runtime_env == worker.environment, f"{name} is of another"
+                of_its_own = options.kind == ACTOR_METHOD or options.runtime_env == worker.environment
+                assert of_its_own, f"{name} runs {options.name}, which is of another environment"
             assert worker.blocked >= 0, f"{name} is blocked {worker.blocked} times"
             for resource, amount in shape.resources:
                 if resource != "CPU" or not worker.blocked:

@@ -35,7 +35,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from minray import session
+from minray import process_title, session
 from minray.output_labels import LabelReader
 
 GCS = -1
@@ -186,7 +186,6 @@ def main(fd: int) -> None:
         with suppress(Exception):  # A worker that needs it will say what is wrong with it.
             __import__(name)
     import minray.worker  # noqa: F401
-    from minray import process_title
 
     process_title.prefix = config["title"]
     process_title.begin()
@@ -333,9 +332,9 @@ class Zygote:
             if os.getppid() != parent:
                 return  # The zygote died before the line above.
             if message[0] == "gcs":
-                from minray import gcs, process_title
-
                 process_title.show("gcs")
+                from minray import gcs
+
                 path = os.path.join(self.config["session"], "gcs.sqlite")
                 gcs.main(sock, path, self.config["history"], self.config["job"])
             else:

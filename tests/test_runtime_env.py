@@ -76,7 +76,7 @@ def write(path: Path, text: str = "") -> Path:
         ("env", TypeError, r"must be a dict or a minray.runtime_env.RuntimeEnv, got 'env'"),
         ({"env_var": {}}, TypeError, r"no key 'env_var'. Did you mean env_vars\?"),
         ({"env_vars": ["A=b"]}, TypeError, r"env_vars.*must be a dict of strings, got \['A=b'\]"),
-        ({"env_vars": {"A": 1}}, TypeError, r"env_vars.*'A'\] must be a string, got 1; write '1'"),
+        ({"env_vars": {"A": 1}}, TypeError, r"env_vars.*'A'\] must be a string, got 1; you may mean '1'"),
         ({"env_vars": {"A=": "1"}}, TypeError, r"'A=' cannot be the name of an environment variable"),
         ({"working_dir": "/no/such"}, ValueError, r"working_dir.*there is no /no/such.*now /"),
         ({"working_dir": __file__}, ValueError, r"must be a directory or a .zip file, and /.*test_runtime_env.py is"),
