@@ -84,6 +84,13 @@ class JobConfig:
             )
         self.default_actor_lifetime = default_actor_lifetime
 
+    def set_py_logging_config(self, logging_config: Any = None) -> None:
+        """Raises NotImplementedError: minray sets up no logging."""
+        raise NotImplementedError(
+            "JobConfig.set_py_logging_config(): minray sets up no logging; a runtime_env with "
+            "worker_process_setup_hook does it in each worker."
+        )
+
     @property
     def search_path(self) -> list[str]:
         """What workers' `sys.path` has in addition."""

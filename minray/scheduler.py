@@ -285,6 +285,12 @@ class Scheduler:
         """How many idle workers must not wait for their end: each environment would keep some otherwise."""
         return len(self.idle) - 2 * self.pool_size - SPARE_WORKERS if self.apart else 0
 
+    def may_start(self, shape: Shape | None) -> bool:
+        """Whether somebody idle could run its tasks.  A hint, for another thread."""
+        if not self.apart or shape is None:
+            return bool(self.idle)
+        return any(not w.environment or w.environment == shape.environment for w in list(self.idle.values()))
+
     def _idle_for(self, shape: Shape) -> dict[int, WorkerRecord]:
         """Those of the idle that its tasks may be given to: of its environment, or else of none so far."""
         environment = shape.environment

@@ -55,14 +55,10 @@ def prepared(pip: Mapping[str, Any], session_path: str, store: str, timeout_s: f
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     lock = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        while True:
-            _lock(lock, fcntl.LOCK_SH, deadline, timeout_s)
-            if os.path.exists(os.path.join(path, COMPLETE)):
-                with suppress(OSError):
-                    os.utime(path)  # Used now: the newest are kept.
-                return path, lock
-            _lock(lock, fcntl.LOCK_EX, deadline, timeout_s)
-            if not os.path.exists(os.path.join(path, COMPLETE)):
+        while not _is_used(path, lock):
+            if not _is_locked(lock, fcntl.LOCK_EX):  # Somebody makes it, or removes it.
+                _wait_a_little(deadline, timeout_s)
+            elif not os.path.exists(os.path.join(path, COMPLETE)):
                 _raise_known(failure)
                 try:
                     _make(path, pip, lock, deadline, timeout_s)
@@ -70,6 +66,9 @@ def prepared(pip: Mapping[str, Any], session_path: str, store: str, timeout_s: f
                     _note(failure, str(error))
                     raise
                 _prune(root, path)
+        with suppress(OSError):
+            os.utime(path)  # Used now: the newest are kept.
+        return path, lock
     except BaseException:
         os.close(lock)
         raise
@@ -94,17 +93,28 @@ def site_packages(path: str) -> str:
     return os.path.join(path, "lib", f"python{sys.version_info[0]}.{sys.version_info[1]}", "site-packages")
 
 
-def _lock(lock: int, kind: int, deadline: float | None, timeout_s: float | None) -> None:
-    while True:
-        try:
-            fcntl.flock(lock, kind | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if deadline is not None and time.monotonic() > deadline:
-                raise RuntimeEnvSetupError(
-                    f"another process has been installing the same packages for more than {timeout_s:g} s"
-                ) from None
-            time.sleep(0.05)
+def _is_used(path: str, lock: int) -> bool:
+    """Whether it is complete, and stays so as long as the lock is held, shared with others."""
+    complete = os.path.join(path, COMPLETE)
+    return os.path.exists(complete) and _is_locked(lock, fcntl.LOCK_SH) and os.path.exists(complete)
+
+
+def _is_locked(lock: int, kind: int) -> bool:
+    """Lock it if that can be done now; else let go of it: two that keep a shared lock would wait for each other."""
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        return False
+    return True
+
+
+def _wait_a_little(deadline: float | None, timeout_s: float | None) -> None:
+    if deadline is not None and time.monotonic() > deadline:
+        raise RuntimeEnvSetupError(
+            f"another process has been installing the same packages for more than {timeout_s:g} s"
+        )
+    time.sleep(0.05)
 
 
 def _raise_known(failure: str) -> None:

@@ -260,6 +260,7 @@ class Worker(CoreWorker):
             "It was not run, and minray will not try again by itself. Mend the runtime_env, and submit it again."
         )
         now = EPOCH + monotonic()
+        self.unpin_unread(task[3] or ())
         self._black_box[:] = ids.NIL
         text = f"RuntimeEnvSetupError: {why.partition(chr(10))[0][:500]}"
         self._results.append((task_id, ERROR, (to_bytes(serialize(failure)), text), now, now))

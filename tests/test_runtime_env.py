@@ -434,6 +434,43 @@ def test_what_pip_cannot_do_is_told_to_each_task_with_its_last_lines_and_not_tri
     assert minray.get(pid.remote())
 
 
+def test_processes_that_want_the_same_packages_at_once_share_what_one_of_them_installs(tmp_path, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from minray import virtualenvs
+
+    made = []
+
+    def make(path, *_):
+        made.append(path)
+        os.makedirs(path)
+        time.sleep(0.2)
+        Path(path, virtualenvs.COMPLETE).write_text("")
+
+    monkeypatch.setattr(virtualenvs, "_make", make)
+    session, store = str(tmp_path / "live" / "session"), str(tmp_path / "store")
+    with ThreadPoolExecutor(8) as threads:  # Each call has a lock of its own, as a process has.
+        found = list(threads.map(lambda _: virtualenvs.prepared({"packages": ["x"]}, session, store, 20), range(8)))
+    assert {path for path, _ in found} == set(made) and len(made) == 1
+    with pytest.raises(RuntimeEnvSetupError, match="another process has been installing the same packages for more than 0.1 s"):
+        os.unlink(Path(made[0], virtualenvs.COMPLETE))
+        virtualenvs.prepared({"packages": ["x"]}, session, store, 0.1)
+    for _, lock in found:
+        os.close(lock)
+
+
+def test_a_task_whose_environment_fails_lets_its_arguments_go(session):
+    large = minray.put(bytes(1_000_000))
+    with pytest.raises(RuntimeEnvSetupError):
+        minray.get(variable.options(runtime_env=offline("no_such_package_of_minray")).remote(large))
+    used = minray.api._query("memory")["used"]
+    del large
+    deadline = time.monotonic() + 10
+    while minray.api._query("memory")["used"] > used - 1_000_000:
+        assert time.monotonic() < deadline, minray.api._query("memory")
+        time.sleep(0.01)
+
+
 def test_a_jobs_packages_are_installed_by_init_which_says_what_went_wrong(tmp_path):
     with pytest.raises(RuntimeEnvSetupError, match="No matching distribution found for no_such_package"):
         minray.init(num_cpus=1, runtime_env=offline("no_such_package"))
@@ -622,6 +659,23 @@ def test_a_session_may_be_kept_elsewhere(tmp_path):
     assert len(os.listdir(tmp_path / "here" / "finished")) == 1
     with pytest.raises(ValueError, match="_temp_dir"):
         minray.init(_temp_dir=7)
+
+
+def test_a_durable_job_runs_a_task_again_when_its_environment_has_changed(tmp_path):
+    data = write(tmp_path / "wd" / "data.txt", "one")
+
+    @minray.remote(runtime_env={"working_dir": str(tmp_path / "wd")})
+    def read():
+        return Path("data.txt").read_text(), os.getpid()
+
+    def run():
+        with minray.init(num_cpus=1, job="reader", storage=tmp_path / "job.sqlite"):
+            return minray.get(minray.remote(**read._options)(read._function).remote())
+
+    first = run()
+    assert run() == first, "its result was kept"
+    data.write_text("two")
+    assert run()[0] == "two"
 
 
 # ---------------------------------------------------------------- what a worker may do
