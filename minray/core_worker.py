@@ -104,6 +104,7 @@ class CoreWorker(ABC):
         self.arena: object_store.Arena
         self.namespace = ""
         self.session_path = ""
+        self._environments: dict[tuple[str, str], str] = {}  # that were asked for here
         self.runtime_env = ""  # what tasks submitted here inherit, as in TaskOptions
         self.default_lifetime: str | None = None  # of actors that do not say: see JobConfig
         self.job_id = b""
@@ -229,13 +230,19 @@ class CoreWorker(ABC):
         return number
 
     def environment_of(self, given: Mapping[str, Any] | None) -> str:
-        """What a task with this runtime_env runs in, when it is submitted here.  Raises ValueError if it cannot be."""
+        """What a task with this runtime_env runs in, when it is submitted here.  Raises ValueError if it cannot be.
+
+        Its directories are read once: ``f.options(runtime_env=...)`` may stand in a loop."""
         if not given:
             return self.runtime_env
         from minray.runtime_env import resolve
         from minray.worker_environment import store_in
 
-        return resolve(self.runtime_env, given, store_in(self.session_path))
+        key = self.runtime_env, repr(given)
+        found = self._environments.get(key)
+        if found is None:
+            found = self._environments[key] = resolve(self.runtime_env, given, store_in(self.session_path))
+        return found
 
     # ------------------------------------------------------------ submitting
 

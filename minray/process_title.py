@@ -6,7 +6,7 @@ which is the memory where its arguments lay when it was started.  Both are files
 titles stay as they are.
 
 The zygote looks up where its arguments lie (`begin`), and whatever is forked from it has them at the same place.
-That costs 10 µs a title, so a short task gets none: see `Worker._mind_title`.
+That costs 30 µs a title, so a short task gets none: see `Worker._mind_title`.
 """
 
 from __future__ import annotations

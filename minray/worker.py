@@ -237,7 +237,7 @@ class Worker(CoreWorker):
         from minray.worker_environment import set_up
 
         env = json.loads(self._environment)
-        context.task_id, context.options = task[0], self._templates_known[task[1]]
+        context.options = self._templates_known[task[1]]  # For the labels of what is said meanwhile.
         try:
             set_up(env, self.session_path)
         except BaseException as error:  # noqa: B036  (a hook may raise anything)

@@ -62,8 +62,11 @@ def set_up(env: Mapping[str, Any], session_path: str) -> None:
     importlib.invalidate_caches()
     hook = env.get("worker_process_setup_hook")
     if hook:
+        from minray.util.apart import Apart
+
         try:
-            _function(hook)()
+            with Apart()():  # What it submits is no child of the task that comes next, and is not numbered as one.
+                _function(hook)()
         except Exception as error:
             raise RuntimeEnvSetupError(f"worker_process_setup_hook raised {type(error).__name__}: {error}") from error
 

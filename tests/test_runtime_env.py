@@ -352,6 +352,19 @@ def test_a_hook_is_called_once_in_each_process_when_all_else_is_there(session, t
         assert minray.get([variable.options(runtime_env=env).remote("HOOKED") for _ in range(3)]) == [expected] * 3
 
 
+def test_a_hook_may_use_minray_itself(session):
+    def hook():
+        os.environ["SEEN"] = str(minray.get([variable.remote("A"), minray.put(2)]))
+
+    @minray.remote
+    def parent():
+        return os.environ["SEEN"], minray.get([variable.remote("A"), pid.remote(), minray.put(3)])[::2]
+
+    assert minray.get(parent.options(runtime_env={"worker_process_setup_hook": hook, **variables(A="a")}).remote()) == (
+        "[None, 2]", ["a", 3],
+    )  # fmt: skip
+
+
 def test_a_hook_that_raises_fails_the_tasks_and_says_what_it_raised(session):
     def hook():
         raise LookupError("no such database")
