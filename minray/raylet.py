@@ -6,7 +6,9 @@ turns them into events, hands them to the pure `Node`, and carries its commands 
 One lock guards the node's tables and all sending.  Whoever runs the loop (loop.py)
 polls without it and handles news under it; other threads submit under it, briefly.
 ObjectRefs that are dropped and tasks that are submitted in a burst do not even take it:
-they go to deques that the next holder drains.
+they go to deques that the next holder drains.  Nor does code that interrupts its holder (a
+`__del__` that the garbage collector calls, a signal handler): what it says waits until the
+tables are whole again.
 
 Rows for the GCS are collected for some ms and sent in one frame; a frame is kept until
 the GCS has acknowledged it, and sent again if the GCS had to be started anew.
@@ -79,8 +81,10 @@ class Raylet:
         hold_next: Callable[[int, bool], None],
     ) -> None:
         self.node = node
-        self.lock = threading.Lock()
-        self.submitted: deque[TaskSpec] = deque()  # by the driver, not yet handed to the node
+        self.lock = threading.RLock()  # never taken again by its holder: it only knows who that is
+        self.interrupts_change: Callable[[], bool] = self.lock._is_owned  # type: ignore[attr-defined]
+        self.submitted: deque[TaskSpec | Event] = deque()  # by the driver, not yet handed to the node
+        self._between = 0  # events among them: see `handle`
         self._references = references
         self._unpinned = unpinned  # objects of which the driver has no view any more
         self._root_task_id = root_task_id
@@ -141,6 +145,9 @@ class Raylet:
 
     def drain(self) -> None:
         """Hand to the node what the driver has submitted and dropped."""
+        if self.interrupts_change():
+            self.wake()
+            return
         self._drain()
         self._after()
 
@@ -151,6 +158,11 @@ class Raylet:
 
     def handle(self, event: Event) -> None:
         """An event of the driver's own, after everything that it submitted before."""
+        if self.interrupts_change():
+            self._between += 1
+            self.submitted.append(event)
+            self.wake()
+            return
         self._handle(event)
         self._after()
 
@@ -184,8 +196,11 @@ class Raylet:
                 self._do(node.handle(ReferencesChanged(DRIVER, acquired, []), now))
         submitted = self.submitted
         if submitted:
-            specs = [submitted.popleft() for _ in range(len(submitted))]
-            self._do(node.handle(TasksSubmitted(DRIVER, self._root_task_id, specs), now))
+            specs: list[Any] = [submitted.popleft() for _ in range(len(submitted))]
+            if self._between:
+                self._handle_in_order(specs, now)
+            else:
+                self._do(node.handle(TasksSubmitted(DRIVER, self._root_task_id, specs), now))
         if self._unpinned:
             object_ids = [self._unpinned.popleft() for _ in range(len(self._unpinned))]
             self._do(node.handle(Unpinned(DRIVER, object_ids), now))
@@ -194,6 +209,15 @@ class Raylet:
             if released:
                 self._do(node.handle(ReferencesChanged(DRIVER, [], released), now))
         self._drained_s = monotonic()
+
+    def _handle_in_order(self, said: list[TaskSpec | Event], now: float) -> None:
+        """With events of the driver's own among the tasks."""
+        for item in said:
+            if isinstance(item, TaskSpec):
+                self._do(self.node.handle(TasksSubmitted(DRIVER, self._root_task_id, [item]), now))
+            else:
+                self._between -= 1
+                self._do(self.node.handle(item, now))
 
     # ------------------------------------------------------------ the loop
 
@@ -247,6 +271,10 @@ class Raylet:
             if rest <= 0 and (self._references.dropped or self._unpinned):  # Just before: nobody was roused.
                 timeout = 0
             return self._epoll.poll(timeout)
+        except (OSError, ValueError):
+            if self.closed:  # A signal handler of the program has ended the session.
+                return []
+            raise
         finally:
             object_ref.rouse_by(None)
 
