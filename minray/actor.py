@@ -199,7 +199,7 @@ class ActorClass:
             class_name=self._class.__name__,
             name=name,
             namespace=given.get("namespace") or core.namespace,
-            detached=given.get("lifetime") == "detached",
+            detached=(given.get("lifetime") or core.default_lifetime) == "detached",
             max_restarts=given.get("max_restarts", -1 if options.is_exact(given) else 0),
         )
         actor_id = core.context().next_task_id()
@@ -244,6 +244,7 @@ class ActorClass:
                 interface=to_bytes(serialize(self._interface, f"the @method options of {self.__name__}")),
                 is_async=self._is_async,
                 concurrency_groups=tuple(given.get("concurrency_groups", {}).items()),
+                runtime_env=core.environment_of(given.get("runtime_env")),
             )
         )
         self._known_to = core.token

@@ -17,7 +17,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import countOf
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -106,6 +106,10 @@ class CoreWorker(ABC):
         self.loop: Loop
         self.arena: object_store.Arena
         self.namespace = ""
+        self.session_path = ""
+        self._environments: dict[tuple[str, str], str] = {}  # that were asked for here
+        self.runtime_env = ""  # what tasks submitted here inherit, as in TaskOptions
+        self.default_lifetime: str | None = None  # of actors that do not say: see JobConfig
         self.job_id = b""
         self.unpinned: deque[bytes] = deque()  # appended to by finalizers, in any thread
         self._requests: dict[int, Waiter] = {}
@@ -235,6 +239,21 @@ class CoreWorker(ABC):
                         self.digester.learn_template(number, options)
                     self._templates[options] = number  # Only now: other threads use it without the lock.
         return number
+
+    def environment_of(self, given: Mapping[str, Any] | None) -> str:
+        """What a task with this runtime_env runs in, when it is submitted here.  Raises ValueError if it cannot be.
+
+        Its directories are read once: ``f.options(runtime_env=...)`` may stand in a loop."""
+        if not given:
+            return self.runtime_env
+        from minray.runtime_env import resolve
+        from minray.worker_environment import store_in
+
+        key = self.runtime_env, repr(given)
+        found = self._environments.get(key)
+        if found is None:
+            found = self._environments[key] = resolve(self.runtime_env, given, store_in(self.session_path))
+        return found
 
     # ------------------------------------------------------------ submitting
 

@@ -19,7 +19,7 @@ from operator import attrgetter
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from minray import clock, ids, machine
+from minray import clock, ids, machine, process_title
 from minray.core_worker import CoreWorker, TaskContext, ValueLost, raise_stored
 from minray.ending import Ending
 from minray.exceptions import GetTimeoutError
@@ -59,6 +59,9 @@ class Driver(CoreWorker):
         version: str,
         warn: Callable[[str], None],
         job: tuple[str, Any] | None = None,
+        root: str | None = None,
+        default_lifetime: str | None = None,
+        search_path: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.references = References()
@@ -68,13 +71,15 @@ class Driver(CoreWorker):
         with ExitStack() as undo:  # Should anything fail here, nothing stays.
             undo.callback(unguard_handlers)
             undo.callback(self._ending.unwatch)
-            for name in sweep():
+            for name in sweep(root):
                 from minray.gcs import close_file
 
-                close_file(os.path.join(open_root(), FINISHED, name, "gcs.sqlite"))
-            self.session = Session.create()
+                close_file(os.path.join(open_root(root), FINISHED, name, "gcs.sqlite"))
+            self.session = Session.create(root)
             undo.callback(self.session.finish)
             self.namespace = namespace
+            self.session_path = self.session.path
+            self.default_lifetime = default_lifetime
             self.started_s = clock.now()
             self.version = version
             self.job_id = ids.root_task_id(os.urandom(16))  # A job is a driver's run, and the driver is its root task.
@@ -95,6 +100,9 @@ class Driver(CoreWorker):
                     "log_to_driver": log_to_driver,
                     "preload": ["numpy"] if "numpy" in sys.modules else [],
                     "namespace": namespace,
+                    "default_lifetime": default_lifetime,
+                    "search_path": list(search_path),
+                    "title": process_title.prefix,
                     "job_id": self.job_id,
                     "job": self.job.config() if self.job is not None else None,
                     "gpus": _visible_gpus(int(resources.get("GPU", 0))),

@@ -88,6 +88,7 @@ class Loop:
         self._nudge = threading.Lock()  # the caretaker sleeps on it while others lead
         self._nudge.acquire()
         self._closed = False
+        self.glance: Callable[[], object] = lambda: None  # now and then, while others lead
         self._thread = threading.Thread(target=self._take_care, name=name, daemon=True)
 
     def start(self) -> None:
@@ -218,4 +219,6 @@ class Loop:
                     self._lead.release()
                 if self._followers:
                     self._pass_on()
+            else:
+                self.glance()
             self._nudge.acquire(timeout=RECHECK_S)

@@ -367,6 +367,13 @@ class AssignResources(NamedTuple):
     resources: dict[str, float]
 
 
+class SetUpEnvironment(NamedTuple):
+    """From now on the worker runs tasks of this environment only: it is set up before the first one starts."""
+
+    client: int
+    runtime_env: str
+
+
 class MarkReconstructed(NamedTuple):
     """The actor that comes next has lived before."""
 
@@ -456,8 +463,8 @@ class FetchObject(NamedTuple):
 
 
 Command = Union[
-    StartWorker, DefineFunction, DefineTemplate, RunTasks, AssignResources, MarkReconstructed, RestoreActor,
-    TakeBack, HoldNext, Forget, CancelTask, Reply, KillWorker, ExitWorker, DeleteFile, Warn, TellNode,
+    StartWorker, DefineFunction, DefineTemplate, RunTasks, AssignResources, SetUpEnvironment, MarkReconstructed,
+    RestoreActor, TakeBack, HoldNext, Forget, CancelTask, Reply, KillWorker, ExitWorker, DeleteFile, Warn, TellNode,
     FetchObject,
 ]  # fmt: skip
 

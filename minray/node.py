@@ -139,7 +139,8 @@ class Node(NodeWorkers):
     def could_start(self, spec: TaskSpec) -> bool:
         """Whether somebody may be idle who would run this at once.  A hint, read without the lock."""
         if spec.actor_id is None:
-            return bool(self.scheduler.idle)
+            template = self.driver.templates.get(spec.template_no) if self.scheduler.apart else None
+            return self.scheduler.may_start(template.shape if template is not None else None)
         actor = self.actors.actors.get(spec.actor_id)
         return actor is not None and not actor.pending
 

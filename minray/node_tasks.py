@@ -17,8 +17,8 @@ from minray.exceptions import error_payload
 from minray.lineage import ObjectEntry, Task, Template
 from minray.messages import (
     DRIVER, CancelRequested, CancelTask, DefineFunction, DefineTemplate, FunctionExported, GcsRecovered, GcsStalled,
-    KillWorker, MarkReconstructed, RestoreActor, RunTasks, TasksFinished, TasksReturned, TasksSubmitted,
-    TemplateDefined,
+    KillWorker, MarkReconstructed, RestoreActor, RunTasks, SetUpEnvironment, TasksFinished, TasksReturned,
+    TasksSubmitted, TemplateDefined,
 )  # fmt: skip
 from minray.node_objects import NodeObjects
 from minray.scheduler import Client, WorkerRecord
@@ -61,12 +61,19 @@ class NodeTasks(NodeObjects):
         options = TaskOptions(*event.options)
         template = self._template_of.get(options)
         if template is None:
-            shape = self.scheduler.shape_for(options.resources, options.kind == ACTOR_CREATION)
+            counted = (options.function_id, options.max_calls) if options.max_calls else None
+            shape = self.scheduler.shape_for(
+                options.resources, options.kind == ACTOR_CREATION, options.runtime_env, counted
+            )
             template = self._template_of[options] = Template(len(self.templates), options, shape)
             self.templates.append(template)
             function_no = self.functions[options.function_id][0] if options.function_id else None
             resources = {name: amount / UNIT for name, amount in options.resources}
-            other = {"method": options.method, "max_concurrency": options.max_concurrency}
+            other: dict[str, Any] = {"method": options.method, "max_concurrency": options.max_concurrency}
+            if options.runtime_env:
+                other["runtime_env"] = json.loads(options.runtime_env)
+            if options.max_calls:
+                other["max_calls"] = options.max_calls
             self._row(
                 "options",
                 (
@@ -252,6 +259,9 @@ class NodeTasks(NodeObjects):
             self.wire.append(
                 DefineFunction(worker.client, options.function_id, self.functions[options.function_id][1])
             )
+        if options.runtime_env and not worker.environment:
+            worker.environment = options.runtime_env
+            self.wire.append(SetUpEnvironment(worker.client, options.runtime_env))
         worker.known.add(template.no)
         self.wire.append(DefineTemplate(worker.client, template.no, options))
 

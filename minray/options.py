@@ -60,6 +60,7 @@ _BOTH: dict[str, tuple[Check, str]] = {
     "resources": _RESOURCES,
     "name": _TEXT,
     "scheduling_strategy": _STRATEGY,
+    "runtime_env": (lambda v: True, "a runtime environment"),  # It says itself what is wrong with it: see `check`.
 }
 TASK: dict[str, tuple[Check, str]] = {
     **_BOTH,
@@ -72,6 +73,7 @@ TASK: dict[str, tuple[Check, str]] = {
     ),
     "max_retries": _RETRIES,
     "retry_exceptions": _CLASSES,
+    "max_calls": (lambda v: _is_int(v) and v >= 0, "an integer, 1 or more, or 0 for no limit"),
 }
 ACTOR: dict[str, tuple[Check, str]] = {
     **_BOTH,
@@ -95,10 +97,8 @@ METHOD: dict[str, tuple[Check, str]] = {
     "concurrency_group": _TEXT,
 }
 NOT_YET = {
-    "runtime_env": "environments of a task's own are not supported yet; workers have the driver's",
     "placement_group": "placement groups are not supported yet",
     "placement_group_bundle_index": "placement groups are not supported yet",
-    "max_calls": "workers are not replaced after a number of calls",
     "accelerator_type": "accelerators have no types here; declare resources={'A100': 1} in init() instead",
     "label_selector": "nodes have no labels yet; declare resources in init() instead",
     "fallback_strategy": "nodes have no labels yet; declare resources in init() instead",
@@ -121,7 +121,12 @@ def check(given: Mapping[str, Any], known: Mapping[str, tuple[Check, str]], wher
         accepts, expected = known[name]
         if value is not None and not accepts(value):
             raise ValueError(f"{where}({name}=...) must be {expected}, got {value!r}.")
-    return {name: value for name, value in given.items() if value is not None}
+    kept = {name: value for name, value in given.items() if value is not None}
+    if "runtime_env" in kept:
+        from minray.runtime_env import checked
+
+        kept["runtime_env"] = checked(kept["runtime_env"], where)
+    return kept
 
 
 def is_exact(given: Mapping[str, Any]) -> bool:
@@ -155,7 +160,7 @@ def check_exact(given: Mapping[str, Any], where: str, is_async: bool) -> None:
 
 def nearest(name: str, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(name, known, 1, 0.5)
-    return f" Did you mean {close[0]}=?" if close else f" It knows: {', '.join(sorted(known))}."
+    return f" Did you mean {close[0]}=?" if close else f" It knows: {', '.join(n for n in sorted(known) if n[0] != '_')}."
 
 
 def returns_of(function: Any, given: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -81,6 +81,9 @@ class RemoteFunction(Generic[R]):
                 retry_exceptions=options.retry_exceptions_of(given.get("retry_exceptions", False)),
                 streaming=self._streaming,
                 backpressure=self._backpressure,
+                runtime_env=core.environment_of(given.get("runtime_env")),
+                # As in Ray: what a library holds of a GPU's memory is free again only when its process has ended.
+                max_calls=given.get("max_calls", 1 if given.get("num_gpus") else 0),
             )
         )
         self._known_to = core.token

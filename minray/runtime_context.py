@@ -78,6 +78,19 @@ class RuntimeContext:
     is_cancelled = is_canceled
 
     @property
+    def runtime_env(self) -> dict[str, Any]:
+        """The environment of whoever asks, as a `minray.runtime_env.RuntimeEnv`; in the driver, the job's."""
+        import json
+
+        from minray.runtime_env import RuntimeEnv
+
+        return RuntimeEnv(_validate=False, **json.loads(self.get_runtime_env_string()))
+
+    def get_runtime_env_string(self) -> str:
+        """The same, as JSON; "{}" if there is none."""
+        return self._core.runtime_env or "{}"
+
+    @property
     def namespace(self) -> str:
         return self._core.namespace
 

@@ -68,6 +68,8 @@ class TaskOptions(NamedTuple):
     is_async: bool = False  # of an actor: its class has coroutine methods
     concurrency_groups: tuple[tuple[str, int], ...] = ()  # of an actor: names, and how many calls of each may run
     concurrency_group: str = ""  # of a method; "": none
+    runtime_env: str = ""  # JSON, as `runtime_env.resolve` makes it; "": none, the process as it is forked
+    max_calls: int = 0  # so many calls of this function, and the worker is replaced; 0: never
 
     @property
     def concurrency(self) -> int:

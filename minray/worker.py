@@ -19,6 +19,7 @@ import atexit
 import fcntl
 import gc
 import io
+import json
 import os
 import random
 import select
@@ -36,14 +37,15 @@ from time import monotonic
 from types import CoroutineType, FrameType
 from typing import Any
 
-from minray import api, ids, object_ref
+from minray import api, ids, object_ref, process_title
 from minray.clock import EPOCH
 from minray.channel import RECEIVE_BYTES, FrameReader, frame
 from minray.checkpoint import Checkpoints
 from minray.concurrent_calls import ConcurrentCalls, ThreadedCalls
 from minray.core_worker import CoreWorker, Resolved, TaskContext, ValueLost, unpickle_classes
 from minray.exceptions import (
-    ActorDiedError, CheckpointError, GetTimeoutError, ObjectStoreFullError, make_argument_error, make_task_error,
+    ActorDiedError, CheckpointError, GetTimeoutError, ObjectStoreFullError, RuntimeEnvSetupError, make_argument_error,
+    make_task_error,
 )  # fmt: skip
 from minray.generator import Producer
 from minray.interrupts import interrupt, raise_deferred, uninterruptible
@@ -59,6 +61,8 @@ from minray.task_spec import (
     TaskSpec,
 )  # fmt: skip
 
+TITLE_AFTER_S = 0.05
+"""A task that has been executed for so long gives its process its name."""
 BLACK_BOX_SLOTS = 4096
 BLACK_BOX_BYTES = 17 * BLACK_BOX_SLOTS
 """The start of the arena: for each worker the ID of the task that it executes, so that when it dies, or holds the GIL
@@ -91,6 +95,8 @@ class Worker(CoreWorker):
         self.config = config
         self.job_id = config["job_id"]
         self.namespace = config["namespace"]
+        self.session_path = config["session"]
+        self.default_lifetime = config["default_lifetime"]
         if config["job"] is not None:
             from minray.code_digest import Digester
 
@@ -116,6 +122,7 @@ class Worker(CoreWorker):
         self._poll_object.register(self.sock, select.POLLIN)
         self._poll_object.register(self._wake_r, select.POLLIN)
         self.loop = Loop(self._poll, self._wake, "minray-caretaker")
+        self.loop.glance = self._mind_title  # A task that waits in get() leads the loop itself.
         self.queue: deque[tuple[Any, ...]] = deque()  # tasks not yet started
         self._work = Waiter()  # the main thread waits on it when the queue is empty
         self._idle = False
@@ -146,7 +153,13 @@ class Worker(CoreWorker):
         self._over = False  # The actor has ended itself: nothing more is run.
         self._forked = False
         self.reconstructed = False
-        self._run_one = self._execute  # another one for an actor with exact recovery, so that others pay nothing
+        # Another one before the first task in an environment, and in an actor with exact recovery: others pay nothing.
+        self._run_one = self._execute
+        self._environment = ""  # to be set up, or set up
+        self._title = process_title.IDLE  # what the process is called between tasks
+        self._titled = False  # it is called after a task
+        self._seen = b""  # the task that was executed at the last look, and at the first look at it:
+        self._seen_s = 0.0
         self._checkpoints: Checkpoints | None = None
         self._saving = False
         self._restore_from: tuple[int, Any] | None = None  # its number, and the checkpoint as it was fetched
@@ -191,6 +204,8 @@ class Worker(CoreWorker):
                 if self._dropped is task:
                     continue
                 self._run_one(task, self._context)
+                if self._titled:
+                    self._untitle()
                 # The next may be long: send, unless it is known to be short and the last frame is young.
                 # A result that waits is lost with this process, and its task runs again: both must allow it.
                 if not (queue and queue[0][4] and task[4] and monotonic() - self._sent_s < HOLD_S):
@@ -228,6 +243,39 @@ class Worker(CoreWorker):
                     self._concurrent.complete(said)
             except BaseException:
                 traceback.print_exc()
+
+    def _execute_in_environment(self, task: tuple[Any, ...], context: TaskContext) -> None:
+        """The first task: before it, this process becomes what its environment says; if it cannot, the task fails."""
+        from minray.worker_environment import set_up
+
+        env = json.loads(self._environment)
+        context.options = self._templates_known[task[1]]  # For the labels of what is said meanwhile.
+        try:
+            set_up(env, self.session_path)
+        except BaseException as error:  # noqa: B036  (a hook may raise anything)
+            self._environment_failed(task, error)
+            return
+        if "working_dir" in env:
+            self.surroundings.stay_here()
+        # AssignResources leaves these alone from now on.
+        self.config["environment"] = {**self.config["environment"], **env.get("env_vars", {})}
+        self.runtime_env = self._environment
+        self.token = object()  # What was submitted here before has inherited nothing.
+        self._run_one = self._execute
+        self._run_one(task, context)
+
+    def _environment_failed(self, task: tuple[Any, ...], error: BaseException) -> None:
+        task_id, options = task[0], self._templates_known[task[1]]
+        why = str(error) if isinstance(error, RuntimeEnvSetupError) else _one_line(error)
+        failure = RuntimeEnvSetupError(
+            f"the runtime environment of {options.name} [task {ids.short(task_id)}] could not be set up: {why}\n"
+            "It was not run, and minray will not try again by itself. Mend the runtime_env, and submit it again."
+        )
+        now = EPOCH + monotonic()
+        self.unpin_unread(task[3] or ())
+        self._black_box[:] = ids.NIL
+        text = f"RuntimeEnvSetupError: {why.partition(chr(10))[0][:500]}"
+        self._results.append((task_id, ERROR, (to_bytes(serialize(failure)), text), now, now))
 
     def _execute(self, task: tuple[Any, ...], context: TaskContext) -> None:
         task_id, template_no, args, values, _ = task
@@ -306,6 +354,8 @@ class Worker(CoreWorker):
     def _construct(self, cls: Any, options: TaskOptions, args: Any, kwargs: Any) -> None:
         self.actor_id = self._context.task_id
         self.actor_options = options
+        self._title = options.name.partition(".")[0]
+        process_title.show(self._title)
         if options.checkpoint_every or options.checkpoint_interval_s:
             self._checkpoints = Checkpoints(cls, options)
             self._run_one = self._execute_and_save
@@ -525,6 +575,32 @@ class Worker(CoreWorker):
         except Exception:
             return None
 
+    # ------------------------------------------------------------ the title
+
+    def _mind_title(self) -> float | None:
+        """Look whether the process shall be called after a task; when to look again, in seconds.
+
+        Called by the caretaker: a short task never comes this far."""
+        if self._titled or self.actor_id is not None:
+            return None
+        running, now = bytes(self._black_box), monotonic()
+        if running != self._seen or running == ids.NIL:
+            self._seen, self._seen_s = running, now
+        if running == ids.NIL or now - self._seen_s < TITLE_AFTER_S:
+            return TITLE_AFTER_S
+        self._titled = True  # First: if the task ends now, `_untitle` has its say, or the look below.
+        process_title.show(self.label() or "task")
+        if bytes(self._black_box) != running:
+            self._titled = False
+            process_title.show(self._title)
+        return None
+
+    def _untitle(self) -> None:
+        self._titled = False
+        self._seen = b""
+        process_title.show(self._title)
+        self._wake()  # The caretaker, if it goes on: the next task may be long as well.
+
     # ------------------------------------------------------------ sending
 
     def label(self) -> str | None:
@@ -657,6 +733,8 @@ class Worker(CoreWorker):
         elif caretaking:
             object_ref.rouse_by(self._wake)  # Before it looks: what is dropped or submitted from now on rings.
             self._take_care()
+            if timeout is None:
+                timeout = self._mind_title()
         if caretaking or timeout is not None:
             for fd, _ in self._poll_object.poll(None if timeout is None else timeout * 1000):
                 if fd == self._wake_r:
@@ -720,9 +798,14 @@ class Worker(CoreWorker):
         names = self.config["gpus"]
         self.resources = resources
         self.gpu_ids = tuple(names[gpu] for gpu in gpu_ids) if names else gpu_ids
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpu_ids))
+        if "CUDA_VISIBLE_DEVICES" not in self.config["environment"]:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpu_ids))
         if "OMP_NUM_THREADS" not in self.config["environment"]:
             os.environ["OMP_NUM_THREADS"] = str(max(1, int(num_cpus)))
+
+    def _on_SetUpEnvironment(self, environment: str) -> None:
+        self._environment = environment
+        self._run_one = self._execute_in_environment  # Not here: that may take long, and this thread may serve others.
 
     def _on_MarkReconstructed(self) -> None:
         self.reconstructed = True
@@ -876,7 +959,8 @@ def _story(error: BaseException) -> str:
 
 def main(sock: socket.socket, config: dict[str, Any], number: int, path: list[str], directory: str) -> None:
     """The body of a worker process, just forked from the zygote."""
-    sys.path[:] = path
+    process_title.show(process_title.IDLE)
+    sys.path[:] = [*path, *config["search_path"]]
     sys.argv = [""]
     with suppress(OSError):
         os.chdir(directory)

@@ -35,7 +35,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from minray import session
+from minray import process_title, session
 from minray.output_labels import LabelReader
 
 GCS = -1
@@ -199,6 +199,9 @@ def main(fd: int) -> None:
             __import__(name)
     import minray.worker  # noqa: F401
 
+    process_title.prefix = config["title"]
+    process_title.begin()
+    process_title.show("zygote")
     gc.collect()
     gc.freeze()  # Children share these pages; a collection would write to each of them.
     zygote = Zygote(sock, config)
@@ -341,6 +344,7 @@ class Zygote:
             if os.getppid() != parent:
                 return  # The zygote died before the line above.
             if message[0] == "gcs":
+                process_title.show("gcs")
                 from minray import gcs
 
                 path = os.path.join(self.config["session"], "gcs.sqlite")

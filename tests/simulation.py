@@ -58,12 +58,12 @@ PLAIN, TWO, FREE, SMALL, LICENSED, ON_GPU, NOTHING, IMPOSSIBLE, ACTOR, HUNGRY, C
 STREAMED, PRESSED, LISTED, STREAMED_CALL = range(17, 21)
 TEMPLATES = [
     TaskOptions(TASK, FUNCTION, "plain", resources=(CPU,)),
-    TaskOptions(TASK, FUNCTION, "two", num_returns=2, resources=(CPU,), max_retries=1),
+    TaskOptions(TASK, FUNCTION, "two", num_returns=2, resources=(CPU,), max_retries=1, runtime_env='{"a": 1}'),
     TaskOptions(TASK, FUNCTION, "free", resources=()),
     TaskOptions(TASK, FUNCTION, "small", resources=(HALF,), max_retries=0, retry_exceptions=True),
-    TaskOptions(TASK, FUNCTION, "licensed", resources=(CPU, LICENSE), max_retries=-1, retry_exceptions=True),
+    TaskOptions(TASK, FUNCTION, "licensed", resources=(CPU, LICENSE), max_retries=-1, retry_exceptions=True, max_calls=2),
     TaskOptions(TASK, FUNCTION, "on_gpu", resources=(GPU,)),
-    TaskOptions(TASK, FUNCTION, "nothing", num_returns=0, resources=(CPU,)),
+    TaskOptions(TASK, FUNCTION, "nothing", num_returns=0, resources=(CPU,), runtime_env='{"b": 1}'),
     TaskOptions(TASK, FUNCTION, "impossible", resources=(("CPU", 999 * UNIT),)),
     TaskOptions(ACTOR_CREATION, FUNCTION, "A.__init__", max_retries=0),
     TaskOptions(ACTOR_CREATION, FUNCTION, "B.__init__", resources=(ROOM,), max_retries=0),
@@ -71,7 +71,7 @@ TEMPLATES = [
     TaskOptions(ACTOR_METHOD, b"", "A.lasting", method="call", max_retries=2),
     TaskOptions(ACTOR_CREATION, FUNCTION, "C.__init__", resources=(("CPU", 999 * UNIT),), max_retries=0),
     TaskOptions(ACTOR_CREATION, FUNCTION, "D.__init__", max_retries=0, checkpoint_every=1),
-    TaskOptions(ACTOR_CREATION, FUNCTION, "E.__init__", max_retries=0, checkpoint_every=6),
+    TaskOptions(ACTOR_CREATION, FUNCTION, "E.__init__", max_retries=0, checkpoint_every=6, runtime_env='{"a": 1}'),
     TaskOptions(ACTOR_METHOD, b"", "A.retried", method="call", max_retries=3, retry_exceptions=True),
     TaskOptions(ACTOR_CREATION, FUNCTION, "F.__init__", resources=(CPU,), max_retries=0),
     TaskOptions(TASK, FUNCTION, "streamed", num_returns=2, resources=(CPU,), streaming=STREAMING),
@@ -611,6 +611,8 @@ class Driver(Process):
 class Worker(Process):
     def __init__(self, sim: Simulation, client: int) -> None:
         super().__init__(sim, client)
+        self.environment = ""
+        self.has_run = False
         self.queue: deque[tuple[Any, ...]] = deque()
         self.running: bytes | None = None  # the black box
         self.held = False  # starts nothing before it is told what to forget
@@ -652,8 +654,15 @@ class Worker(Process):
     def on_AssignResources(self, num_cpus: float, gpu_ids: tuple[int, ...], resources: dict[str, float]) -> None:
         pass
 
+    def on_SetUpEnvironment(self, environment: str) -> None:
+        assert not self.environment and not self.has_run, "an environment does not begin in a fresh process"
+        self.environment = environment
+
     def on_RunTasks(self, tasks: list[tuple[Any, ...]]) -> None:
+        self.has_run = True
         for task in tasks:
+            options = TEMPLATES[self.sim.template_of[(self.client, task[1])]]
+            assert options.kind == ACTOR_METHOD or options.runtime_env == self.environment, "it runs in another environment"
             for item in task[3] or ():
                 assert item is not None, "a dependency was handed over before it was ready"
         self.queue.extend(tasks)

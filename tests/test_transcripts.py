@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import pickle
 import re
 import sys
@@ -58,11 +59,13 @@ ROOT = ids.root_task_id(b"transcript")
 NONE = pickle.dumps(None, 5)
 SIZES = {"KB": 1 << 10, "MB": 1 << 20, "B": 1, "": 1}
 OF_TASKS = (
-    "num_returns", "max_retries", "max_concurrency", "checkpoint_every", "checkpoint_interval_s", "streaming",
-    "backpressure",
+    "num_returns", "max_retries", "max_concurrency", "max_calls", "checkpoint_every", "checkpoint_interval_s",
+    "streaming", "backpressure",
 )  # fmt: skip
 OF_ACTORS = ("name", "namespace", "max_restarts")
-INTRODUCTIONS = (messages.AssignResources, messages.DefineFunction, messages.DefineTemplate)
+INTRODUCTIONS = (
+    messages.AssignResources, messages.DefineFunction, messages.DefineTemplate, messages.SetUpEnvironment,
+)  # fmt: skip
 
 
 def split(text: str) -> list[str]:
@@ -172,6 +175,8 @@ class World:
                     options = options._replace(num_returns=2)
             elif key in OF_ACTORS:
                 actor[key] = int(value) if key == "max_restarts" else value
+            elif key == "runtime_env":
+                options = options._replace(runtime_env=json.dumps({"env_vars": {"NAME": value}}))
             elif key == "detached":
                 actor[key] = True
             else:
@@ -432,6 +437,8 @@ class World:
             what = self.told[command.client, command.template_no] = command.options.name
             assert command.options == self.options[what]
             return what
+        if isinstance(command, messages.SetUpEnvironment):
+            return str(json.loads(command.runtime_env)["env_vars"]["NAME"])
         if isinstance(command, messages.AssignResources):
             assert command.num_cpus == command.resources.get("CPU", 0)
             amounts = " ".join(f"{name} {amount:g}" for name, amount in command.resources.items()) or "none"
