@@ -32,7 +32,6 @@ from minray.actor_table import MAX_IN_FLIGHT, Actor, Recovery
 from minray.lineage import Task, Template
 from minray.messages import CheckpointFailed, CheckpointTaken, TasksSubmitted, Warn
 from minray.node_streams import NodeStreams
-from minray.node_tasks import is_another
 from minray.scheduler import Client, WorkerRecord
 from minray.task_spec import ACTOR_EXITED, ALIVE, CANCELLED, FINISHED, OK, RETRYABLE_ERROR, TaskSpec
 
@@ -108,7 +107,7 @@ class NodeExact(NodeStreams):
         for spec in event.specs:
             known = tasks.get(spec.task_id)
             if known is not None and event.parent_task_id in recovery.replaying:
-                if is_another(known, spec, client.templates[spec.template_no]) and client.actor is not None:
+                if self.is_another(known, spec, client.templates[spec.template_no]) and client.actor is not None:
                     self._replay_diverged(client.actor, recovery, f"a call of {known.template.options.name}() changed")
         return [spec for spec in event.specs if spec.task_id not in children or spec.task_id in tasks]
 

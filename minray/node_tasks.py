@@ -21,6 +21,7 @@ from minray.messages import (
     TasksSubmitted, TemplateDefined,
 )  # fmt: skip
 from minray.node_objects import NodeObjects
+from minray.same_pickle import says_the_same
 from minray.scheduler import Client, WorkerRecord
 from minray.task_spec import (
     ACTOR_CREATION, ACTOR_EXITED, CANCELLED, FAILED, FINISHED, OK, PENDING_ARGS_AVAIL, PENDING_NODE_ASSIGNMENT,
@@ -39,16 +40,23 @@ def amounts(resources: Iterable[tuple[str, int]]) -> str:
     )
 
 
-def is_another(old: Task, spec: TaskSpec, template: Template) -> bool:
-    """Whether what is submitted under the ID of `old` differs from it."""
-    was, before, now = old.spec, old.template.options, template.options
-    return (
-        (was.args, was.deps, was.nested, was.actor_id) != (spec.args, spec.deps, spec.nested, spec.actor_id)
-        or (before.function_id, before.method, before.num_returns) != (now.function_id, now.method, now.num_returns)
-    )  # fmt: skip
-
-
 class NodeTasks(NodeObjects):
+    def is_another(self, old: Task, spec: TaskSpec, template: Template) -> bool:
+        """Whether what is submitted under the ID of `old` differs from it."""
+        was, before, now = old.spec, old.template.options, template.options
+        return (
+            (was.deps, was.nested, was.actor_id) != (spec.deps, spec.nested, spec.actor_id)
+            or (before.method, before.num_returns) != (now.method, now.num_returns)
+            or not says_the_same(was.args, spec.args)
+            or not self._is_same_function(before.function_id, now.function_id)
+        )  # fmt: skip
+
+    def _is_same_function(self, one: bytes, other: bytes) -> bool:
+        functions = self.functions
+        return one == other or (
+            one in functions and other in functions and says_the_same(functions[one][1], functions[other][1])
+        )
+
     # ------------------------------------------------------------ functions and tasks come in
 
     def handle_function_exported(self, event: FunctionExported, now: float) -> None:
@@ -158,7 +166,7 @@ class NodeTasks(NodeObjects):
         template = client.templates[spec.template_no]
         known = self.lineage.tasks.get(spec.task_id)
         if known is not None:
-            another = is_another(known, spec, template)
+            another = self.is_another(known, spec, template)
             if parent is not None and self._is_forgettable(known, another):
                 if known.state < FINISHED:
                     self._cancel(known, force=False)

@@ -160,7 +160,8 @@ def check_exact(given: Mapping[str, Any], where: str, is_async: bool) -> None:
 
 def nearest(name: str, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(name, known, 1, 0.5)
-    return f" Did you mean {close[0]}=?" if close else f" It knows: {', '.join(n for n in sorted(known) if n[0] != '_')}."
+    public = sorted(option for option in known if not option.startswith("_"))
+    return f" Did you mean {close[0]}=?" if close else f" It knows: {', '.join(public)}."
 
 
 def returns_of(function: Any, given: Mapping[str, Any]) -> tuple[int, int, int]:

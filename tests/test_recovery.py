@@ -247,7 +247,9 @@ def test_news_of_a_loss_that_is_mended_already_changes_nothing(world: World) -> 
 # ---------------------------------------------------------------- replays that do something else
 
 
-def parent_runs_again(world: World, *, change: bytes, held: bool = True) -> list[Command]:
+def parent_runs_again(
+    world: World, *, change: bytes, first: bytes = b"arguments", held: bool = True
+) -> list[Command]:
     """A task submits a child and dies; the second attempt submits that child with other arguments."""
     parent = task_id(1)
     child = task_id(1, ids.children_prefix(parent))
@@ -255,7 +257,7 @@ def parent_runs_again(world: World, *, change: bytes, held: bool = True) -> list
     world.handle(TemplateDefined(1, 0, TaskOptions(TASK, b"", "child", resources=(("CPU", UNIT),))))
     deps = () if held else (task_id(2),)  # It waits for another one.
     world.handle(TasksSubmitted(DRIVER, ROOT, [TaskSpec(object_id, OFTEN) for object_id in deps]))
-    world.handle(TasksSubmitted(1, parent, [TaskSpec(child, 0, b"arguments", deps)]))
+    world.handle(TasksSubmitted(1, parent, [TaskSpec(child, 0, first, deps)]))
     world.handle(ObjectsAwaited(1, 1, [child], 1, True, True))  # It waits; a second worker starts.
     world.handle(TasksReturned(1, [child, task_id(2)]))
     world.handle(WorkerStarted(2, 1002))
@@ -269,6 +271,15 @@ def parent_runs_again(world: World, *, change: bytes, held: bool = True) -> list
 
 def test_children_of_a_second_attempt_that_have_finished_are_not_run_again(world: World) -> None:
     commands = parent_runs_again(world, change=b"arguments")
+    assert not [command for command in commands if isinstance(command, (RunTasks, Warn))]
+    world.handle(TasksFinished(2, [(task_id(1), OK, b"done", 99.0, 100.0)]))
+    assert world.node.objects[task_id(1)].data == b"done"
+
+
+def test_a_second_attempt_may_pickle_the_same_to_other_bytes(world: World) -> None:
+    once, twice = pickle.dumps(["abc", "".join("abc")], 5), pickle.dumps(["abc", "abc"], 5)
+    assert once != twice
+    commands = parent_runs_again(world, first=once, change=twice)
     assert not [command for command in commands if isinstance(command, (RunTasks, Warn))]
     world.handle(TasksFinished(2, [(task_id(1), OK, b"done", 99.0, 100.0)]))
     assert world.node.objects[task_id(1)].data == b"done"
