@@ -364,7 +364,8 @@ class Raylet:
         self._epoll.register(self._zygote.sock.fileno(), select.EPOLLIN)
         workers = self.node.scheduler.workers
         # The idle ones first: else the node would give them what the others had in hand, and that lost more attempts.
-        for number in sorted({**self._channels, **self._dying}, key=lambda number: number in workers and bool(workers[number].in_flight)):
+        numbers = [*self._channels, *self._dying]
+        for number in sorted(numbers, key=lambda number: number in workers and bool(workers[number].in_flight)):
             self._worker_died(number, "was killed with the zygote, its parent", now)
         self._gcs_died(now)
 
