@@ -434,8 +434,8 @@ class AsyncCalls(ConcurrentCalls):
         if not self._warned and threading.get_ident() == self._thread:
             self._warned = True
             print(
-                f"minray: {what}() in the asyncio actor {self._name} blocks its event loop, and with it all other calls. "
-                f"Use {instead} to let them go on meanwhile. (This is said once.)",
+                f"minray: {what}() in the asyncio actor {self._name} blocks its event loop, and with it all other "
+                f"calls. Use {instead} to let them go on meanwhile. (This is said once.)",
                 file=sys.stderr,
             )
 
