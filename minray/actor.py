@@ -460,7 +460,9 @@ def _has_coroutines(cls: type) -> bool:
 
 
 def _function_in(member: Any) -> Any:
-    return inspect.unwrap(member.__func__ if isinstance(member, (staticmethod, classmethod)) else member)
+    if isinstance(member, (staticmethod, classmethod)):
+        member = member.__func__
+    return inspect.unwrap(member) if inspect.isroutine(member) else member
 
 
 def _signature_of(cls: type) -> inspect.Signature:

@@ -105,6 +105,7 @@ class AsyncCalls(ConcurrentCalls):
         self._unstepped = False  # a coroutine was begun, and its first step comes when the loop goes on
         self._coroutines: dict[int, bool] = {}  # by template: whether the method is one
         self._warned = False
+        self._name = options.name.partition(".")[0]
         self._thread = threading.get_ident()
         self._selector = _Selector(self)
         self._loop = asyncio.SelectorEventLoop(self._selector)
@@ -326,7 +327,8 @@ class AsyncCalls(ConcurrentCalls):
         status: int = OK
         payload: Any
         try:
-            payload = self._payload(task_id, options, await value)
+            returned = await value  # Lives until the result is in the list: see Worker._execute.
+            payload = self._payload(task_id, options, returned)
         except asyncio.CancelledError:
             status, payload = CANCELLED, (b"", "cancelled")
         except BaseException as error:  # noqa: B036
@@ -435,10 +437,9 @@ class AsyncCalls(ConcurrentCalls):
     def _warn(self, what: str, instead: str) -> None:
         if not self._warned and threading.get_ident() == self._thread:
             self._warned = True
-            name = type(self._worker.actor).__name__
             print(
-                f"minray: {what}() in the asyncio actor {name} blocks its event loop, and with it all other calls. "
-                f"Use {instead} to let them go on meanwhile. (This is said once.)",
+                f"minray: {what}() in the asyncio actor {self._name} blocks its event loop, and with it all other "
+                f"calls. Use {instead} to let them go on meanwhile. (This is said once.)",
                 file=sys.stderr,
             )
 

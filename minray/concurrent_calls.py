@@ -68,7 +68,7 @@ class ThreadedCalls(ConcurrentCalls):
             for name, limit in (("", options.max_concurrency), *options.concurrency_groups)
         }
         self._waiting: dict[bytes, Call] = {}  # Taken and not begun.  Who pops a call, a thread or drop(), has it.
-        self._running: set[bytes] = set()
+        self._running = 0
         self._leaving = 0  # so many of the running only wait for the others
         self._changed = threading.Condition()  # with its lock both are changed
         self._closed = False  # Calls that arrive now were made after the one that ends the actor.
@@ -87,7 +87,7 @@ class ThreadedCalls(ConcurrentCalls):
             call = self._waiting.pop(task_id, None)
             if call is None:
                 return
-            self._running.add(task_id)
+            self._running += 1
         context = worker._contexts[threading.get_ident()] = TaskContext(task_id, None)
         worker._execute(call, context)
         if self._waiting and monotonic() - worker._sent_s < HOLD_S:
@@ -95,11 +95,9 @@ class ThreadedCalls(ConcurrentCalls):
         else:
             worker.flush()
         with self._changed:
-            self._running.discard(task_id)
+            self._running -= 1
             if self._leaving:
                 self._changed.notify_all()
-        if worker._cancelled:
-            worker._cancelled.discard(task_id)
 
     def drop(self, task_id: bytes) -> bool:
         dropped = self._waiting.pop(task_id, None) is not None
@@ -110,8 +108,6 @@ class ThreadedCalls(ConcurrentCalls):
 
     def interrupt(self, task_id: bytes) -> None:
         """A thread cannot be interrupted: its code may ask is_canceled()."""
-        if task_id not in self._running:
-            self._worker._cancelled.discard(task_id)  # It has ended.
 
     def leave(self, drop_waiting: bool) -> None:
         """A call ends the actor: return when no other one runs."""
@@ -121,7 +117,7 @@ class ThreadedCalls(ConcurrentCalls):
         with self._changed:
             self._leaving += 1
             self._changed.notify_all()
-            self._changed.wait_for(lambda: len(self._running) == self._leaving and not self._waiting)
+            self._changed.wait_for(lambda: self._running == self._leaving and not self._waiting)
 
     def close(self) -> None:
         self._closed = True

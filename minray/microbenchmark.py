@@ -617,34 +617,37 @@ def batch_caller(ray: Any) -> Any:
     return ray.remote(Caller)
 
 
-@row("actors", RAYLIKE, Figure("1:n actor calls async", "calls/s", 8_038))
-def actor_one_to_n(b: Backend) -> float:
-    server = b.ray.remote(Server)
+def one_to_n(b: Backend, cls: type) -> float:
+    server = b.ray.remote(cls)
     caller = batch_caller(b.ray).remote([server.remote() for _ in range(b.cpus)])
     return b.rate(lambda: b.get(caller.call.remote(1000)), 1000 * b.cpus)
+
+
+def n_to_n(b: Backend, cls: type) -> float:
+    server, caller_class = b.ray.remote(cls), batch_caller(b.ray)
+    servers = [server.remote() for _ in range(b.cpus)]
+    callers = [caller_class.remote(servers) for _ in range(4)]
+    return b.rate(lambda: b.get([caller.call.remote(500) for caller in callers]), 2000 * b.cpus)
+
+
+@row("actors", RAYLIKE, Figure("1:n actor calls async", "calls/s", 8_038))
+def actor_one_to_n(b: Backend) -> float:
+    return one_to_n(b, Server)
 
 
 @row("actors", RAYLIKE, Figure("n:n actor calls async", "calls/s", 27_376))
 def actor_n_to_n(b: Backend) -> float:
-    server, caller_class = b.ray.remote(Server), batch_caller(b.ray)
-    servers = [server.remote() for _ in range(b.cpus)]
-    callers = [caller_class.remote(servers) for _ in range(4)]
-    return b.rate(lambda: b.get([caller.call.remote(500) for caller in callers]), 2000 * b.cpus)
+    return n_to_n(b, Server)
 
 
 @row("actors", RAYLIKE, Figure("1:n async-actor calls async", "calls/s", 8_038))
 def async_actor_one_to_n(b: Backend) -> float:
-    server = b.ray.remote(AsyncServer)
-    caller = batch_caller(b.ray).remote([server.remote() for _ in range(b.cpus)])
-    return b.rate(lambda: b.get(caller.call.remote(1000)), 1000 * b.cpus)
+    return one_to_n(b, AsyncServer)
 
 
 @row("actors", RAYLIKE, Figure("n:n async-actor calls async", "calls/s", 27_376))
 def async_actor_n_to_n(b: Backend) -> float:
-    server, caller_class = b.ray.remote(AsyncServer), batch_caller(b.ray)
-    servers = [server.remote() for _ in range(b.cpus)]
-    callers = [caller_class.remote(servers) for _ in range(4)]
-    return b.rate(lambda: b.get([caller.call.remote(500) for caller in callers]), 2000 * b.cpus)
+    return n_to_n(b, AsyncServer)
 
 
 @row("actors", RAYLIKE, Figure("n:n actor calls with arg async", "calls/s"))

@@ -6,6 +6,7 @@ What calls wait for is a gate in the actor itself: `pass_gate` waits at it, `ope
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import sys
 import threading
@@ -243,6 +244,30 @@ def test_built_in_methods_work_and_what_they_call_may_be_a_coroutine() -> None:
 
     assert get(actor.__ray_call__.remote(look, 1)) == [1]
     assert get(actor.__ray_call__.remote(lambda self: self.most)) == 0
+
+
+def test_what_makes_an_asyncio_actor_may_be_inherited_static_or_wrapped() -> None:
+    def traced(function: Any) -> Any:
+        @functools.wraps(function)
+        def call(*args: Any) -> Any:
+            return function(*args)
+
+        return call
+
+    class Wrapped:
+        @traced
+        async def loop(self) -> bool:
+            return asyncio.get_running_loop().is_running()
+
+    class Static:
+        @staticmethod
+        async def loop() -> bool:
+            return asyncio.get_running_loop().is_running()
+
+    class Heir(Static): ...
+
+    for cls in (Wrapped, Static, Heir):
+        assert get(minray.remote(cls).remote().loop.remote()) is True
 
 
 def test_a_result_does_not_wait_for_what_computes_next(tmp_path: Path) -> None:
