@@ -45,6 +45,7 @@ def is_another(old: Task, spec: TaskSpec, template: Template) -> bool:
     return (
         (was.args, was.deps, was.nested, was.actor_id) != (spec.args, spec.deps, spec.nested, spec.actor_id)
         or (before.function_id, before.method, before.num_returns) != (now.function_id, now.method, now.num_returns)
+        or before.streaming != now.streaming
     )  # fmt: skip
 
 
@@ -67,6 +68,8 @@ class NodeTasks(NodeObjects):
             function_no = self.functions[options.function_id][0] if options.function_id else None
             resources = {name: amount / UNIT for name, amount in options.resources}
             other = {"method": options.method, "max_concurrency": options.max_concurrency}
+            if options.streaming:
+                other.update(streaming=options.streaming, backpressure=options.backpressure)
             self._row(
                 "options",
                 (
