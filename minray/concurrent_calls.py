@@ -18,7 +18,6 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +59,9 @@ class ConcurrentCalls(ABC):
 
 class ThreadedCalls(ConcurrentCalls):
     def __init__(self, worker: Worker, options: TaskOptions) -> None:
+        # Not at the top: a driver that is started by a thread which outlives the main thread could not import it.
+        from concurrent.futures import ThreadPoolExecutor
+
         self._worker = worker
         self._pools = {
             name: ThreadPoolExecutor(limit, thread_name_prefix=f"minray-actor-{name}" if name else "minray-actor")

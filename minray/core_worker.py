@@ -112,7 +112,9 @@ class CoreWorker(ABC):
         self._request_ids = itertools.count(1)
         self._templates: dict[TaskOptions, int] = {}
         self._functions: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
-        self._export_lock = threading.Lock()
+        self._template_numbers = itertools.count(1)
+        self.interrupts_change: Callable[[], bool]  # whether the calling thread was in the middle of telling the node
+        self._export_lock = threading.RLock()  # A finalizer that comes in between may export, too.
         self.digester: Digester | None = None  # in durable jobs
         self.token = object()  # for remote functions, to note that they are known here; they must not keep the session
 
@@ -153,6 +155,12 @@ class CoreWorker(ABC):
 
     def request(self, make: Callable[[int], Event], deadline: float | None = None) -> Any:
         """Send an event that is answered; return the answer.  Raises TimeoutError (and abandons it) at the deadline."""
+        if self.interrupts_change():
+            raise RuntimeError(
+                "get(), wait() or a large put() in a finalizer (__del__) or a signal handler came in the middle of a "
+                "change to minray's tables, and cannot wait for its end. Nothing was done. Tasks can be submitted "
+                "there, and actors called and killed."
+            )
         waiter = Waiter()
         request_id = next(self._request_ids)
         self._requests[request_id] = waiter
@@ -221,7 +229,7 @@ class CoreWorker(ABC):
             with self._export_lock:
                 number = self._templates.get(options)
                 if number is None:
-                    number = len(self._templates) + 1
+                    number = next(self._template_numbers)
                     self.send(TemplateDefined(self.client, number, options))
                     if self.digester is not None:
                         self.digester.learn_template(number, options)

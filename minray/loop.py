@@ -35,6 +35,8 @@ HOLD_S = 0.001
 """In a worker a result waits at most this long for company."""
 HAND_OVER_S = 0.02
 """How long a thread waits for the caretaker to step back before it lets the caretaker serve it."""
+CLOSE_S = 5.0
+"""How long `close` waits for the thread that polls: it handles what it has in hand, and sees the end."""
 RECHECK_S = 1.0
 """The longest that a thread sleeps without looking again: a bound, not a pace."""
 
@@ -98,9 +100,10 @@ class Loop:
         self._nudge_caretaker()
         for follower in list(self._followers):
             follower.ring()
-        self._lead.acquire(timeout=5)  # For good.
+        if self._leader != threading.get_ident():  # Else a signal handler of the program ends the session, in a wait.
+            self._lead.acquire(timeout=CLOSE_S)  # For good.
         if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join(timeout=5)
+            self._thread.join(timeout=CLOSE_S)
 
     def wait(self, waiter: Waiter, deadline: float | None = None) -> bool:
         """Until `waiter` is set; False when the monotonic `deadline` comes first."""
@@ -133,8 +136,9 @@ class Loop:
                     self._pass_on()
             elif self._leader == threading.get_ident():
                 raise RuntimeError(
-                    "get(), wait() or a large put() in a callback of a future would wait for ever: callbacks run in "
-                    "the thread that brings the answers. Submit tasks there, and get their results in another thread."
+                    "get(), wait() or a large put() in a callback of a future, or in a finalizer or a signal handler "
+                    "that comes in the middle of a wait, would wait for ever: they run in the thread that brings the "
+                    "answers. Submit tasks there, and get their results elsewhere."
                 )
             else:
                 waiter.hang_bell()

@@ -387,6 +387,7 @@ class NodeTasks(NodeObjects):
                 self._unpin(worker, object_id)
         if task.cancelled:
             task.worker = None
+            task.started_s = 0.0  # Perhaps it was taken to be running: see take_rows.
             self._fail_cancelled(task)
         else:
             self._run_again(task)

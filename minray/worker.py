@@ -123,7 +123,9 @@ class Worker(CoreWorker):
         self._results: deque[tuple[bytes, int, Any, float, float]] = deque()
         self._specs: list[tuple[Any, ...]] = []  # submitted, not yet in a message
         self._specs_parent = b""
-        self._out_lock = threading.RLock()
+        self._within: deque[tuple[Any, ...]] = deque()  # messages of code that interrupted the holder of the lock
+        self._out_lock = threading.RLock()  # never taken again by its holder: it only knows who that is
+        self.interrupts_change = self._out_lock._is_owned  # type: ignore[attr-defined]
         self._sent_s = 0.0
         self._templates_known: dict[int, TaskOptions] = {}
         self._pickled: dict[bytes, bytes] = {}
@@ -366,7 +368,7 @@ class Worker(CoreWorker):
             if results:
                 self._out.append(("TasksFinished", results))
             self._out.append(("CheckpointTaken", object_id, value, not checkpoints.own_way))
-            self._flush()
+        self._flush()
 
     def ask(self, make: Callable[[int], Event]) -> Any:
         """While its state is saved an actor may come to its end, and then the node answers no more."""
@@ -536,9 +538,13 @@ class Worker(CoreWorker):
         return self._contexts.get(threading.get_ident(), self._context) if self._contexts else self._context
 
     def send(self, event: Event) -> None:
+        message = (type(event).__name__, *event[1:])
+        if self.interrupts_change():
+            self._within.append(message)
+            return
         with self._out_lock:
             self._collect_specs()
-            self._out.append((type(event).__name__, *event[1:]))
+            self._out.append(message)
 
     def send_now(self, event: Event) -> None:
         self.send(event)
@@ -546,8 +552,13 @@ class Worker(CoreWorker):
 
     def submit_spec(self, spec: TaskSpec, num_returns: int) -> None:
         parent = self.context().task_id
+        if self.interrupts_change():  # A finalizer, which the garbage collector calls anywhere, or a signal handler.
+            for index in range(num_returns):
+                self.references.adopt(ids.return_id(spec.task_id, index))
+            self._within.append(("TasksSubmitted", parent, [spec.to_wire()]))
+            return
         with self._out_lock:
-            if parent != self._specs_parent:
+            if parent != self._specs_parent or self._within:
                 self._collect_specs()
                 self._specs_parent = parent
             self._specs.append(spec.to_wire())
@@ -585,6 +596,8 @@ class Worker(CoreWorker):
         if self._specs:
             self._out.append(("TasksSubmitted", self._specs_parent, self._specs))
             self._specs = []
+        while self._within:
+            self._out.append(self._within.popleft())
 
     def flush(self) -> None:
         """Send everything there is, in an order in which nothing is freed that is still needed."""
@@ -593,6 +606,13 @@ class Worker(CoreWorker):
 
     @uninterruptible
     def _flush(self) -> None:
+        if self.interrupts_change():
+            return  # Whoever is interrupted sends it, here or with its own.
+        self._send_out()
+        while self._within:
+            self._send_out()
+
+    def _send_out(self) -> None:
         with self._out_lock:
             references = self.references
             # Counted first: what is done while we collect the rest goes with the next frame.
@@ -722,7 +742,7 @@ class Worker(CoreWorker):
     def _give_back(self, task_ids: list[bytes]) -> None:
         with self._out_lock:
             self._out.append(("TasksReturned", task_ids, self._forgets))
-            self._flush()
+        self._flush()
 
     def _on_Forget(self, task_ids: list[bytes]) -> None:
         forgotten = set(task_ids)
