@@ -155,7 +155,9 @@ def check_exact(given: Mapping[str, Any], where: str, is_async: bool) -> None:
 
 def nearest(name: str, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(name, known, 1, 0.5)
-    return f" Did you mean {close[0]}=?" if close else f" It knows: {', '.join(sorted(name for name in known if name[0] != '_'))}."
+    if close:
+        return f" Did you mean {close[0]}=?"
+    return f" It knows: {', '.join(name for name in sorted(known) if name[0] != '_')}."
 
 
 def returns_of(function: Any, given: Mapping[str, Any]) -> tuple[int, int, int]:
