@@ -47,6 +47,7 @@ class NodeTasks(NodeObjects):
         return (
             (was.deps, was.nested, was.actor_id) != (spec.deps, spec.nested, spec.actor_id)
             or (before.method, before.num_returns) != (now.method, now.num_returns)
+            or before.streaming != now.streaming
             or not says_the_same(was.args, spec.args)
             or not self._is_same_function(before.function_id, now.function_id)
         )  # fmt: skip
@@ -82,6 +83,8 @@ class NodeTasks(NodeObjects):
                 other["runtime_env"] = json.loads(options.runtime_env)
             if options.max_calls:
                 other["max_calls"] = options.max_calls
+            if options.streaming:
+                other.update(streaming=options.streaming, backpressure=options.backpressure)
             self._row(
                 "options",
                 (

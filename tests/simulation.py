@@ -703,7 +703,8 @@ class Worker(Process):
         if self.running == task_id and self.actor_id is None and self.code is not None and self.waits_for is not None:
             kind, number = self.waits_for
             if kind == "take":  # It reads the answer first: what was handed over must be held.
-                self.sim.after(0.001, self.on_CancelTask, task_id)
+                if not self.dead:
+                    self.sim.after(0.001, self.on_CancelTask, task_id)
                 return
             if kind in ("await", "room"):
                 self.send("RequestAbandoned", number)
