@@ -194,19 +194,22 @@ class ActorClass:
 
     def _introduce(self, core: CoreWorker) -> None:
         given = self._options
+        # An actor holds what it asks for as long as it lives; without a word, nothing,
+        # so that a dozen actors fit on two CPUs.
+        resources = options.resources_of(given, default_cpus=0)
         self._template_no = core.template(
             TaskOptions(
                 kind=ACTOR_CREATION,
                 function_id=core.export(self._class),
                 name=f"{self._class.__name__}.__init__",
-                # An actor holds what it asks for as long as it lives; without a word, nothing,
-                # so that a dozen actors fit on two CPUs.
-                resources=options.resources_of(given, default_cpus=0),
+                resources=resources,
                 max_retries=0,
                 max_concurrency=given.get("max_concurrency", 1),
                 checkpoint_every=given.get("checkpoint_every", 0),
                 checkpoint_interval_s=float(given.get("checkpoint_interval_s", 0)),
                 interface=to_bytes(serialize(self._interface, f"the @method options of {self.__name__}")),
+                placement=options.placement_of(given, resources, core.captured, self.__name__),
+                labels=options.labels_of(given),
             )
         )
         self._known_to = core.token

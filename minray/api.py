@@ -87,13 +87,12 @@ _ACCEPTED = {
 """Options of Ray that a program may give and that have nothing to act on here; who asks for something is told."""
 _OWN = (
     "address", "num_cpus", "num_gpus", "resources", "object_store_memory", "namespace", "log_to_driver",
-    "ignore_reinit_error", "history", "policy", "job", "storage", "_memory",
+    "ignore_reinit_error", "history", "policy", "job", "storage", "labels", "_memory",
 )  # fmt: skip
 _REFUSED = {
     "runtime_env": "runtime environments are not supported yet; workers have the driver's environment and sys.path",
     "job_config": "job configurations are not supported yet",
     "local_mode": "local mode is not supported yet; a real session starts in milliseconds",
-    "labels": "nodes have no labels yet; declare resources={'name': 1} instead",
     "_temp_dir": "set the environment variable MINRAY_HOME instead",
 }
 
@@ -112,6 +111,7 @@ def init(
     policy: Policy | None = None,
     job: str | None = None,
     storage: str | os.PathLike[str] | None = None,
+    labels: Mapping[str, str] | None = None,
     **more: Any,
 ) -> Context:
     """Start a session: this process becomes its driver.
@@ -131,6 +131,7 @@ def init(
         policy: a `minray.policy.Policy` with the scheduler's choices.
         job: the name of a durable job: what a run of it has finished, later runs return without running it again.
         storage: the file that keeps a durable job's results; default: one for each job, where sessions are kept.
+        labels: of this node, for label_selector= and NodeLabelSchedulingStrategy; names that begin with ray.io/ are taken.
         more: options of Ray that have nothing to act on here are accepted (include_dashboard, logging_level, …).
 
     Returns:
@@ -151,12 +152,14 @@ def init(
             f"init(address={address!r}): there is no cluster to connect to. Leave address out to start a session here."
         )
     _check_kinds(namespace, log_to_driver, policy)
+    _check_labels(labels)
     if job is None and storage is not None:
         raise ValueError("init(storage=...) keeps the results of a durable job, so it needs init(job=...): its name.")
     given = {
         "num_cpus": num_cpus, "num_gpus": num_gpus, "resources": resources, "object_store_memory": object_store_memory,
         "namespace": namespace, "log_to_driver": log_to_driver, "history": history, "policy": policy,
         "memory": more.get("_memory"), "job": (job, storage) if job is not None else None,
+        "labels": labels,
     }  # fmt: skip
     with _init_lock:
         if _core is not None:
@@ -207,6 +210,7 @@ def _start(given: Mapping[str, Any], announce: bool = False) -> Context:
                 version=__version__,
                 warn=lambda text: print(f"minray: {text}", file=sys.stderr),
                 job=given.get("job"),
+                labels=given.get("labels"),
             )
             raise_deferred()
             if announce and sys.stderr is not None and sys.stderr.isatty():
@@ -261,6 +265,18 @@ def _check_kinds(namespace: Any, log_to_driver: Any, policy: Any) -> None:
         raise ValueError(f"init(log_to_driver=...) must be True or False, got {log_to_driver!r}.")
     if policy is not None and not isinstance(policy, Policy):
         raise ValueError(f"init(policy=...) must be a minray.policy.Policy, got {policy!r}.")
+
+
+def _check_labels(labels: Any) -> None:
+    if labels is None:
+        return
+    if not isinstance(labels, Mapping):
+        raise ValueError(f"init(labels=...) must be a dict of names and values, got {labels!r}.")
+    for name, value in labels.items():
+        if not isinstance(name, str) or not isinstance(value, str) or not name:
+            raise ValueError(f"init(labels={{{name!r}: {value!r}}}): names and values of labels are strings.")
+        if name.startswith("ray.io/"):
+            raise ValueError(f"init(labels={{{name!r}: ...}}): labels that begin with ray.io/ are set by minray itself.")
 
 
 def _store_bytes(given: Mapping[str, Any]) -> int | None:
@@ -323,8 +339,9 @@ def remote(*args: Any, **given: Any) -> Any:
     """Make a function's calls tasks, or a class's instances actors.
 
     Options of tasks: num_cpus (default 1), num_gpus, memory, resources, num_returns, name, max_retries (3),
-    retry_exceptions (False), scheduling_strategy.  Of actors: num_cpus (default 0), num_gpus, memory, resources,
+    retry_exceptions (False).  Of actors: num_cpus (default 0), num_gpus, memory, resources,
     name, namespace, get_if_exists, lifetime, max_concurrency, max_restarts, max_task_retries, max_pending_calls.
+    Of both: scheduling_strategy, placement_group, label_selector, fallback_strategy, accelerator_type.
 
     >>> @minray.remote(num_cpus=0.5, max_retries=0)
     ... def half(x):
@@ -440,6 +457,7 @@ def nodes() -> list[dict[str, Any]]:
             "NodeManagerHostname": socket.gethostname(),
             "NodeManagerAddress": "127.0.0.1",
             "Resources": _query("resources"),
+            "Labels": _query("labels"),
         }
     ]
 

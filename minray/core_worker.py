@@ -34,7 +34,7 @@ from minray.messages import (
 from minray.object_ref import ObjectRef, new_ref
 from minray.reference_counter import ReferenceCounter, References
 from minray.serialization import INLINE_LIMIT, Serialized, deserialize, flat_chunks, serialize, to_bytes, write_flat
-from minray.task_spec import ActorOptions, TaskOptions, TaskSpec
+from minray.task_spec import ActorOptions, Placement, TaskOptions, TaskSpec
 
 if TYPE_CHECKING:
     from minray.code_digest import Digester
@@ -111,6 +111,8 @@ class CoreWorker(ABC):
         self._functions: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
         self._export_lock = threading.Lock()
         self.digester: Digester | None = None  # in durable jobs
+        self.placement: Placement = ()  # of the task or actor that this process runs
+        self.captured: Placement = ()  # where tasks go that it submits without saying where; a token for each such
         self.token = object()  # for remote functions, to note that they are known here; they must not keep the session
 
     @property

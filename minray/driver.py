@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from itertools import compress, count, islice
@@ -61,6 +61,7 @@ class Driver(CoreWorker):
         version: str,
         warn: Callable[[str], None],
         job: tuple[str, Any] | None = None,
+        labels: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.references = References()
@@ -118,6 +119,7 @@ class Driver(CoreWorker):
                 lambda object_id: os.path.join(spill, object_id.hex()),
                 policy,
                 session_id=self.job_id[:8],
+                labels=labels,
             )
             self.node.lineage.arena.allocate(BLACK_BOX_BYTES)
             self._printer = OutputPrinter(self._log_of)

@@ -1,6 +1,6 @@
 """What a node knows: the fields that all chapters of `Node` share, and how its history is noted.
 
-`Node` is one class in seven chapters, each a file and a base class of the next, from the ground up:
+`Node` is one class in eight chapters, each a file and a base class of the next, from the ground up:
 
 ======================  =========================================================
 node_tables.py          the data, and notes for the GCS (this file)
@@ -9,6 +9,7 @@ node_tasks.py           functions and tasks: come in, go out, end
 node_recovery.py        lost objects are made again
 node_exact.py           an actor's state is made again
 node_actors.py          actors and their calls
+node_placement.py       placement groups, and tasks that may not run just anywhere
 node_workers.py         workers start, die and get stuck
 node.py                 `Node`: joins them, and is all that the world sees
 ======================  =========================================================

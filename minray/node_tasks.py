@@ -21,7 +21,7 @@ from minray.messages import (
     TemplateDefined,
 )  # fmt: skip
 from minray.node_objects import NodeObjects
-from minray.scheduler import Client, WorkerRecord
+from minray.scheduler import Client, Shape, WorkerRecord
 from minray.task_spec import (
     ACTOR_CREATION, ACTOR_EXITED, CANCELLED, FAILED, FINISHED, OK, PENDING_ARGS_AVAIL, PENDING_NODE_ASSIGNMENT,
     RETRYABLE_ERROR, RUNNING, SUBMITTED_TO_WORKER, UNIT, ActorOptions, TaskOptions, TaskSpec,
@@ -61,12 +61,13 @@ class NodeTasks(NodeObjects):
         options = TaskOptions(*event.options)
         template = self._template_of.get(options)
         if template is None:
-            shape = self.scheduler.shape_for(options.resources, options.kind == ACTOR_CREATION)
-            template = self._template_of[options] = Template(len(self.templates), options, shape)
+            template = self._template_of[options] = Template(len(self.templates), options, self._shape_of(options))
             self.templates.append(template)
             function_no = self.functions[options.function_id][0] if options.function_id else None
             resources = {name: amount / UNIT for name, amount in options.resources}
-            other = {"method": options.method, "max_concurrency": options.max_concurrency}
+            other: dict[str, Any] = {"method": options.method, "max_concurrency": options.max_concurrency}
+            if options.placement:
+                other["placement_group"], other["bundle"] = options.placement[0].hex(), options.placement[1]
             self._row(
                 "options",
                 (
@@ -186,10 +187,9 @@ class NodeTasks(NodeObjects):
         if actor_id is not None:
             task.state = PENDING_NODE_ASSIGNMENT
             self._pumps[actor_id] = self.actors.actors[actor_id]
-        elif task.attempt:  # A replay: somebody waits for something that was there.
-            self.scheduler.enqueue_first(task)
         elif task.template.shape.queue or self.scheduler.feasible(task.template.shape):
-            self.scheduler.enqueue(task)
+            # First, if it is a replay: somebody waits for something that was there.
+            (self.scheduler.enqueue_first if task.attempt else self.scheduler.enqueue)(task)
         else:
             self._refuse(task)
 
@@ -458,6 +458,9 @@ class NodeTasks(NodeObjects):
             self.wire.append(CancelTask(task.worker.client, task.spec.task_id))
 
     # ------------------------------------------------------------ what it needs of the chapters that follow
+
+    @abstractmethod
+    def _shape_of(self, options: TaskOptions) -> Shape: ...
 
     @abstractmethod
     def _diverged(self, old: Task, template: Template, parent: Task | None) -> None: ...

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from minray.core_worker import pickle_classes
-from minray.task_spec import UNIT, Resources
+from minray.task_spec import UNIT, Conditions, Placement, Resources
 
 Check = Callable[[Any], bool]
 
@@ -42,7 +42,11 @@ _RESOURCES = (
     ),
     "a dict of names (other than CPU, GPU and memory, which have options of their own) and amounts",
 )
-_STRATEGY = (lambda v: v in ("DEFAULT", "SPREAD"), '"DEFAULT" or "SPREAD" (on one machine both mean the same)')
+_STRATEGY = (
+    lambda v: v in ("DEFAULT", "SPREAD") if isinstance(v, str) else hasattr(v, "__minray_where__"),
+    '"DEFAULT" or "SPREAD" (on one machine both mean the same), or an object of minray.util.scheduling_strategies',
+)
+_SELECTOR = (lambda v: isinstance(v, Mapping), "a dict of labels and values, such as {'zone': 'in(a, b)'}")
 
 _BOTH: dict[str, tuple[Check, str]] = {
     "num_cpus": _AMOUNT,
@@ -51,6 +55,18 @@ _BOTH: dict[str, tuple[Check, str]] = {
     "resources": _RESOURCES,
     "name": _TEXT,
     "scheduling_strategy": _STRATEGY,
+    "placement_group": (
+        lambda v: v == "default" if isinstance(v, str) else hasattr(v, "bundle_specs"),
+        "a placement group, or None",
+    ),
+    "placement_group_bundle_index": (lambda v: _is_int(v) and v >= -1, "the number of a bundle, or -1 for any"),
+    "placement_group_capture_child_tasks": _BOOL,
+    "accelerator_type": _TEXT,
+    "label_selector": _SELECTOR,
+    "fallback_strategy": (
+        lambda v: isinstance(v, (list, tuple)) and all(isinstance(d, Mapping) and set(d) <= {"label_selector"} for d in v),
+        'a list of dicts {"label_selector": {...}}, to be tried in order',
+    ),
 }
 TASK: dict[str, tuple[Check, str]] = {
     **_BOTH,
@@ -78,14 +94,9 @@ METHOD: dict[str, tuple[Check, str]] = {
 }
 NOT_YET = {
     "runtime_env": "environments of a task's own are not supported yet; workers have the driver's",
-    "placement_group": "placement groups are not supported yet",
-    "placement_group_bundle_index": "placement groups are not supported yet",
     "concurrency_groups": "concurrency groups are not supported yet; max_concurrency gives an actor threads",
     "concurrency_group": "concurrency groups are not supported yet; max_concurrency gives an actor threads",
     "max_calls": "workers are not replaced after a number of calls",
-    "accelerator_type": "accelerators have no types here; declare resources={'A100': 1} in init() instead",
-    "label_selector": "nodes have no labels yet; declare resources in init() instead",
-    "fallback_strategy": "nodes have no labels yet; declare resources in init() instead",
     "_generator_backpressure_num_objects": "streaming generators are not supported yet",
     "object_store_memory": "a task cannot reserve object store memory; objects are spilled when it is full",
 }
@@ -111,7 +122,80 @@ def check(given: Mapping[str, Any], known: Mapping[str, tuple[Check, str]], wher
         accepts, expected = known[name]
         if value is not None and not accepts(value):
             raise ValueError(f"{where}({name}=...) must be {expected}, got {value!r}.")
-    return {name: value for name, value in given.items() if value is not None}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if not chosen.keys().isdisjoint(_PLACES):
+        _check_places(chosen, where)
+    return chosen
+
+
+_PLACES = (
+    "scheduling_strategy", "placement_group", "placement_group_bundle_index", "placement_group_capture_child_tasks",
+    "label_selector", "fallback_strategy",
+)  # fmt: skip
+A_LITTLE = 0.001
+"""Of accelerator_type:X, as in Ray: it only tells which nodes have that kind."""
+
+
+def _check_places(given: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError for options of which one says here, the other there, and for a bundle that is not there."""
+    strategy = given.get("scheduling_strategy")
+    old = [name for name in _PLACES[1:4] if name in given]
+    if old and "scheduling_strategy" in given:
+        raise ValueError(f"{where}(scheduling_strategy=..., {old[0]}=...): both say where to run. Leave out one of them.")
+    group, index, _ = _group_of(given)
+    if group is None and given.get("placement_group_bundle_index", -1) >= 0:
+        raise ValueError(f"{where}(placement_group_bundle_index=...) needs placement_group=..., of which it is a bundle.")
+    count = group.bundle_count if group is not None else 0
+    if group is not None and not -1 <= index < count:
+        raise ValueError(
+            f"{where}(...): bundle index {index} is wrong. The placement group has {count} bundles: 0 to {count - 1}, or "
+            "-1 for any of them."
+        )
+    if "fallback_strategy" in given and "label_selector" not in given and isinstance(strategy, (str, type(None))):
+        raise ValueError(f"{where}(fallback_strategy=...) needs label_selector=..., which is tried first.")
+    labels_of(given)
+
+
+def _group_of(given: Mapping[str, Any]) -> tuple[Any, int, bool]:
+    """(placement group or None, bundle, whether children go there, too), as the options say it."""
+    where = getattr(given.get("scheduling_strategy"), "__minray_where__", None)
+    if where is not None:
+        group, index, captures, _ = where()
+        return group, index, captures
+    group = given.get("placement_group")
+    if isinstance(group, str):  # "default": Ray's old word for not saying it.
+        group = None
+    return (
+        group, given.get("placement_group_bundle_index", -1), given.get("placement_group_capture_child_tasks", False),
+    )  # fmt: skip
+
+
+def placement_of(given: Mapping[str, Any], resources: Resources, captured: Placement, name: str) -> Placement:
+    """In which placement group: as the options say it, else `captured`.  Raises ValueError for what fits no bundle."""
+    group, index, captures = _group_of(given)
+    if group is None or group.is_empty:
+        return captured if "scheduling_strategy" not in given else ()
+    bundles = group.bundle_specs if index < 0 else [group.bundle_specs[index]]
+    wanted = {kind: units / UNIT for kind, units in resources}
+    if not any(all(bundle.get(kind, 0) >= amount for kind, amount in wanted.items()) for bundle in bundles):
+        which = "every bundle of its placement group" if index < 0 else f"bundle {index} of its placement group"
+        raise ValueError(
+            f"{name} needs {wanted}, which is more than {which} has: {bundles}. It was not submitted. A task or an actor "
+            "must fit into one bundle: ask for less (.options(num_cpus=..., resources=...)), or make larger bundles."
+        )
+    return (group.id, index, captures)
+
+
+def labels_of(given: Mapping[str, Any]) -> tuple[Conditions, ...]:
+    """Of the node: what to try one after the other; () if any node will do.  Raises ValueError."""
+    where = getattr(given.get("scheduling_strategy"), "__minray_where__", None)
+    wanted: tuple[Conditions, ...] = where()[3] if where is not None else ()
+    if "label_selector" not in given:
+        return wanted
+    from minray.placement import parse_selector
+
+    more = [given["label_selector"], *(other.get("label_selector", {}) for other in given.get("fallback_strategy", ()))]
+    return tuple(first + second for second in map(parse_selector, more) for first in wanted or ((),))
 
 
 def is_exact(given: Mapping[str, Any]) -> bool:
@@ -147,6 +231,8 @@ def resources_of(options: Mapping[str, Any], default_cpus: float) -> Resources:
     amounts["CPU"] = options.get("num_cpus", default_cpus)
     amounts["GPU"] = options.get("num_gpus", 0)
     amounts["memory"] = options.get("memory", 0)
+    if kind := options.get("accelerator_type"):
+        amounts.setdefault(f"accelerator_type:{kind}", A_LITTLE)
     return tuple(sorted((name, round(amount * UNIT)) for name, amount in amounts.items() if amount))
 
 

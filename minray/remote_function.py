@@ -57,6 +57,7 @@ class RemoteFunction(Generic[R]):
     def _introduce(self, core: CoreWorker) -> None:
         given = self._options
         function_id = core.export(self._function)
+        resources = options.resources_of(given, default_cpus=1)
         name = given.get("name") or name_of(self._function).rpartition("<locals>.")[2]
         self._template_no = core.template(
             TaskOptions(
@@ -64,9 +65,11 @@ class RemoteFunction(Generic[R]):
                 function_id=function_id,
                 name=name,
                 num_returns=self._num_returns,
-                resources=options.resources_of(given, default_cpus=1),
+                resources=resources,
                 max_retries=given.get("max_retries", 3),
                 retry_exceptions=options.retry_exceptions_of(given.get("retry_exceptions", False)),
+                placement=options.placement_of(given, resources, core.captured, name),
+                labels=options.labels_of(given),
             )
         )
         self._known_to = core.token

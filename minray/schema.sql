@@ -79,6 +79,20 @@ CREATE TABLE "objects" (
    "freed_us" INTEGER,
    "checksum" INTEGER
 );
+CREATE TABLE "placement_groups" (
+   "no" INTEGER PRIMARY KEY,
+   "group_id" BLOB,
+   "name" TEXT,
+   "strategy" TEXT,
+   "bundles" TEXT,
+   "state" INTEGER,
+   "detached" INTEGER,
+   "requested_us" INTEGER,
+   "placed_us" INTEGER,
+   "removed_us" INTEGER,
+   "reason" TEXT,
+   "checksum" INTEGER
+);
 CREATE TABLE "jobs" (
    "no" INTEGER PRIMARY KEY,
    "job_id" BLOB,
@@ -157,6 +171,10 @@ CREATE VIEW "object_view" AS SELECT b.no, nullif(lower(hex(b.object_id)), '') ob
   coalesce(nullif(lower(hex(t.task_id)), ''), (SELECT nullif(lower(hex(job_id)), '') FROM jobs LIMIT 1)) task_id, o.name task_name, (SELECT nullif(lower(hex(job_id)), '') FROM jobs LIMIT 1) job_id,
   b.created_us / 1000 creation_time_ms, b.freed_us / 1000 end_time_ms
 FROM objects b LEFT JOIN tasks t ON t.no = b.task_no LEFT JOIN options o ON o.no = t.options_no;
+CREATE VIEW "placement_group_view" AS SELECT no, nullif(lower(hex(group_id)), '') placement_group_id, name, (SELECT nullif(lower(hex(job_id)), '') FROM jobs LIMIT 1) creator_job_id,
+  CASE state WHEN 0 THEN 'PENDING' WHEN 1 THEN 'CREATED' WHEN 2 THEN 'REMOVED' WHEN 3 THEN 'INFEASIBLE' END state, strategy, bundles, detached is_detached, reason,
+  requested_us / 1000 start_time_ms, placed_us / 1000 placed_time_ms, removed_us / 1000 end_time_ms
+FROM placement_groups;
 CREATE VIEW "job_view" AS SELECT no, nullif(lower(hex(job_id)), '') job_id, 'DRIVER' type, name, CASE state WHEN 0 THEN 'RUNNING' WHEN 1 THEN 'SUCCEEDED' WHEN 2 THEN 'FAILED' END status,
   entrypoint, driver_pid, started_us / 1000 start_time, finished_us / 1000 end_time, namespace,
   minray_version, python_version, resources FROM jobs;
@@ -172,4 +190,4 @@ FROM (SELECT options_no, state, count(*) tasks, sum(finished_us - started_us) ru
   UNION ALL SELECT options_no, state, tasks, run_us, longest_us FROM task_totals) c
   LEFT JOIN options o ON o.no = c.options_no LEFT JOIN functions f ON f.no = o.function_no
 GROUP BY 1, 2, 3;
-PRAGMA user_version = 2;
+PRAGMA user_version = 3;

@@ -10,7 +10,7 @@ Nothing here knows of queues, workers or time.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
 TASK_STATES = (
     "PENDING_ARGS_AVAIL",
@@ -24,6 +24,9 @@ PENDING_ARGS_AVAIL, PENDING_NODE_ASSIGNMENT, SUBMITTED_TO_WORKER, RUNNING, FINIS
 
 ACTOR_STATES = ("DEPENDENCIES_UNREADY", "PENDING_CREATION", "ALIVE", "RESTARTING", "DEAD")
 DEPENDENCIES_UNREADY, PENDING_CREATION, ALIVE, RESTARTING, DEAD = range(5)
+
+PLACEMENT_GROUP_STATES = ("PENDING", "CREATED", "REMOVED", "INFEASIBLE")
+PENDING, CREATED, REMOVED, INFEASIBLE = range(4)
 
 WORKER_STATES = ("STARTING", "ALIVE", "DEAD")
 OBJECT_STATES = ("PENDING", "READY", "FREED", "LOST")
@@ -45,6 +48,13 @@ Resources = tuple[tuple[str, int], ...]
 """Sorted (name, ten-thousandths) pairs: a task's demand, and the key of its queue."""
 
 
+Placement = Union[tuple[()], tuple[bytes, int, bool]]
+"""In which placement group: its ID, the bundle (-1: any of them), and whether children go there, too.  (): in none."""
+
+Conditions = tuple[tuple[str, str, tuple[str, ...]], ...]
+"""What a node's labels must be, all of it: (label, one of placement.OPERATORS, values)."""
+
+
 class TaskOptions(NamedTuple):
     """What all calls of one function (with the same options) share.  Plain data: it travels and is stored."""
 
@@ -60,6 +70,8 @@ class TaskOptions(NamedTuple):
     interface: bytes = b""  # of an actor: the pickled `actor.Interface` that a handle to it needs
     checkpoint_every: int = 0  # calls of an actor; 0: not by number
     checkpoint_interval_s: float = 0.0  # 0: not by time
+    placement: Placement = ()
+    labels: tuple[Conditions, ...] = ()  # of the node, what to try one after the other; (): any node will do
 
 
 class ActorOptions(NamedTuple):
