@@ -114,28 +114,27 @@ class NodePlacement(NodeActors):
         if group.name:
             self._group_names[group.name] = group
         self.lineage.promise(group.group_id)
-        self._dirty_groups[group.no] = group
         if self._stall is not None:
+            group.no = 0  # As a task that is refused gets no row, since rows cannot be written.
             error = self._stall_error(f"{group} was not made")
-            self._end_group(group, INFEASIBLE, f"{self._stall.error}: {self._stall.why}", error)
+            self._give_up_group(group, f"{self._stall.error}: {self._stall.why}", error)
         elif (why := self._why_never_placed(group)):
-            self._event("placement_group_infeasible", group.group_id, f"{group} can never be placed: {why}", now)
+            self._event("placement_group_infeasible", group.group_id, f"it can never be placed: {why}", now)
             text = (
                 f"{group} can never be placed: {why}. It reserves nothing; its ready() raises, its wait() returns False, "
                 "and its tasks and actors fail."
             )
-            self._end_group(group, INFEASIBLE, why, error_payload("PlacementGroupUnschedulableError", text))
+            self._give_up_group(group, why, error_payload("PlacementGroupUnschedulableError", text))
             self.wire.append(Warn(text))
         else:
+            self._note_group(group)
             for shape in group.shapes:
                 shape.pools = self._pools_of(group, shape.placement[1])  # type: ignore[misc]
                 self.scheduler.shapes[shape.resources, shape.exclusive, shape.placement] = shape
             self._waiting.setdefault(group.wants, {})[group.group_id] = group
-            self.scheduler.wake_by(now + STARVED_S)
 
     def _why_never_placed(self, group: Group) -> str:
         scheduler = self.scheduler
-        has = amounts(scheduler.total.items())
         if group.strategy == "STRICT_SPREAD" and len(group.bundles) > 1:
             return f"STRICT_SPREAD wants a node for each of its {len(group.bundles)} bundles, and there is one node"
         for index, (_, conditions) in enumerate(group.wants):
@@ -143,7 +142,7 @@ class NodePlacement(NodeActors):
                 return f"bundle {index} wants a node with {in_words(conditions)}, and this one has {self._labels_in_words()}"
         rooms = {1: Room(scheduler.total, self.labels)}
         if plan(group.wants, group.strategy, rooms) is None or not scheduler.could_ever_reserve(group.bundles):
-            return f"it wants {group.demand}, and this node has {has} in all"
+            return f"it wants {group.demand}, and this node has {amounts(scheduler.total.items())} in all"
         return ""
 
     def _labels_in_words(self) -> str:
@@ -156,14 +155,21 @@ class NodePlacement(NodeActors):
             while groups:
                 group = next(iter(groups.values()))
                 if not self.scheduler.reserve(group.bundles):
+                    if not group.told:
+                        self.scheduler.wake_by(group.requested_s + STARVED_S)
                     break
                 del groups[group.group_id]
                 group.state = CREATED
                 group.placed_s = now
-                self._dirty_groups[group.no] = group
+                self._note_group(group)
                 self._fulfil(group, group.value, is_error=False)
             if not groups:
                 del self._waiting[wants]
+
+    def _note_group(self, group: Group) -> None:
+        """Its row has changed."""
+        if group.no:
+            self._dirty_groups[group.no] = group
 
     def _fulfil(self, group: Group, value: bytes, is_error: bool) -> None:
         """What `ready()` promised."""
@@ -203,7 +209,7 @@ class NodePlacement(NodeActors):
                 del self._waiting[group.wants]
         was = group.state
         group.state, group.reason, group.removed_s = REMOVED, why, now
-        self._dirty_groups[group.no] = group
+        self._note_group(group)
         if self._group_names.get(group.name) is group:
             del self._group_names[group.name]
         scheduler = self.scheduler
@@ -214,27 +220,32 @@ class NodePlacement(NodeActors):
         for shape in group.shapes:
             scheduler.active.pop(shape, None)
             for task in shape.take(shape.waiting):
-                ended["actors" if shape.exclusive else "tasks"] += 1
+                ended["actor" if shape.exclusive else "task"] += 1
                 self._fail_removed(task, group, "It was not run.")
         for worker in list(scheduler.workers.values()):
             if worker.shape in group.shapes:
-                ended["actors" if worker.actor is not None else "tasks"] += len(worker.in_flight) or 1
+                if worker.actor is not None:
+                    ended["actor"] += 1
+                else:
+                    ended["task"] += len(worker.in_flight)
                 self._end_in_group(worker, group, now)
         scheduler.give_back(group.bundles)
         if was == PENDING:
             text = f"{group} was removed ({why}) before it was placed."
             self._fulfil(group, error_payload("TaskPlacementGroupRemoved", text), is_error=True)
-        what = ", ".join(f"{count} {kind}" for kind, count in ended.items()) or "nothing"
-        self._event("placement_group_removed", group.group_id, f"{group}: {why}; {what} ended with it", now)
+        if ended:
+            what = " and ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in ended.items())
+            self._event("placement_group_removed", group.group_id, f"{why}: {what} ended with it", now)
         self._removed[group.group_id] = group
         if len(self._removed) > MAX_REMOVED:
             oldest = next(iter(self._removed))
             del self._removed[oldest], self.groups[oldest]
             self.lineage.release(oldest)
 
-    def _end_group(self, group: Group, state: int, why: str, error: bytes) -> None:
+    def _give_up_group(self, group: Group, why: str, error: bytes) -> None:
         """It will never be placed."""
-        group.state, group.reason = state, why
+        group.state, group.reason = INFEASIBLE, why
+        self._note_group(group)
         for shape in group.shapes:
             shape.pools = ()
         self._fulfil(group, error, is_error=True)
@@ -262,11 +273,11 @@ class NodePlacement(NodeActors):
     def _fail_removed(self, task: Task, group: Group | None, ran: str) -> None:
         options = task.template.options
         short = ids.short(options.placement[0]) if options.placement else ""
-        gone = f"placement group [{short}] is not there: it was removed, or is of another session"
+        gone = f"placement group [{short}], which is not there: it was removed, or is of another session"
         if group is not None:
-            gone = f"{group} was removed ({group.reason})"
+            gone = f"{group}, which was removed ({group.reason})"
         kind = "ActorPlacementGroupRemoved" if options.kind == ACTOR_CREATION else "TaskPlacementGroupRemoved"
-        text = f"{options.name} [task {ids.short(task.spec.task_id)}] was to run in a group that is gone: {gone}. {ran}"
+        text = f"{options.name} [task {ids.short(task.spec.task_id)}] belongs to {gone}. {ran}"
         self._fail(task, kind, text)
 
     def _bury(self, actor: Actor, reason: str, now: float, advice: str = "", begun: int | None = None) -> None:

@@ -207,6 +207,7 @@ TABLES: dict[str, Table] = {
             state=(int, "Index into NODE_STATES."),
             resources=(str, "What it has in all, as a JSON object."),
             object_store_bytes=(int, "Capacity of its object store."),
+            labels=(str, "Its labels, as a JSON object."),
         ),
     ),
     "events": Table(
@@ -384,7 +385,7 @@ FROM placement_groups""",
         "Nodes, with the column names of Ray's state API.",
         f"""SELECT no, {_hex("node_id")} node_id, host node_ip, no = 1 is_head_node,
   {_name("state", NODE_STATES)} state, host node_name, resources resources_total,
-  object_store_bytes FROM nodes""",
+  object_store_bytes, labels FROM nodes""",
     ),
     "event_view": View(
         "Events, with times to read.",

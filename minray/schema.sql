@@ -115,6 +115,7 @@ CREATE TABLE "nodes" (
    "state" INTEGER,
    "resources" TEXT,
    "object_store_bytes" INTEGER,
+   "labels" TEXT,
    "checksum" INTEGER
 );
 CREATE TABLE "events" (
@@ -180,7 +181,7 @@ CREATE VIEW "job_view" AS SELECT no, nullif(lower(hex(job_id)), '') job_id, 'DRI
   minray_version, python_version, resources FROM jobs;
 CREATE VIEW "node_view" AS SELECT no, nullif(lower(hex(node_id)), '') node_id, host node_ip, no = 1 is_head_node,
   CASE state WHEN 0 THEN 'ALIVE' WHEN 1 THEN 'DEAD' END state, host node_name, resources resources_total,
-  object_store_bytes FROM nodes;
+  object_store_bytes, labels FROM nodes;
 CREATE VIEW "event_view" AS SELECT no, strftime('%Y-%m-%d %H:%M:%f', time_us / 1e6, 'unixepoch', 'localtime') time, kind, subject, message, time_us FROM events;
 CREATE VIEW "function_view" AS SELECT CASE o.kind WHEN 0 THEN coalesce(f.name, o.name) ELSE o.name END func_or_class_name, CASE o.kind WHEN 0 THEN 'NORMAL_TASK' WHEN 1 THEN 'ACTOR_CREATION_TASK' WHEN 2 THEN 'ACTOR_TASK' END type,
   CASE c.state WHEN 0 THEN 'PENDING_ARGS_AVAIL' WHEN 1 THEN 'PENDING_NODE_ASSIGNMENT' WHEN 2 THEN 'SUBMITTED_TO_WORKER' WHEN 3 THEN 'RUNNING' WHEN 4 THEN 'FINISHED' WHEN 5 THEN 'FAILED' END state, sum(c.tasks) tasks,

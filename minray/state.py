@@ -37,7 +37,7 @@ Filter = tuple[str, str, Any]
 
 _PREDICATES = ("=", "!=", "<", "<=", ">", ">=")
 _BOOLEANS = ("is_alive", "is_detached", "is_head_node")
-_JSON = ("required_resources", "resources", "resources_total", "bundles")
+_JSON = ("required_resources", "resources", "resources_total", "bundles", "labels")
 
 
 class NoSessionError(LookupError):
