@@ -239,13 +239,15 @@ class Lineage:
         return entry
 
     def promise(self, object_id: bytes) -> None:
-        """An object that the node will make, and holds: what a placement group's `ready()` returns."""
+        """An object that the node will make, and holds: what a placement group's `ready()` returns.
+
+        If somebody still holds one of that name (of a group that an earlier attempt of its maker made and removed), it
+        stays what it is: objects do not change."""
         entry = self.objects.get(object_id)
         if entry is None:
             entry = self.objects[object_id] = ObjectEntry(object_id, None, 0)
-        entry.data, entry.size, entry.is_error = None, 0, False  # It may stand for a group of that ID that is gone.
+            self.promised[object_id] = None
         entry.refs += 1
-        self.promised[object_id] = None
 
     def seal(self, entry: ObjectEntry, value: Value, is_error: bool, now: float) -> None:
         """The value is there: wake everyone who waits for it."""

@@ -173,8 +173,9 @@ class NodePlacement(NodeActors):
 
     def _fulfil(self, group: Group, value: bytes, is_error: bool) -> None:
         """What `ready()` promised."""
-        del self.lineage.promised[group.group_id]
-        self.lineage.seal(self.objects[group.group_id], (value, len(value), ()), is_error, self._now)
+        if group.group_id in self.lineage.promised:
+            del self.lineage.promised[group.group_id]
+            self.lineage.seal(self.objects[group.group_id], (value, len(value), ()), is_error, self._now)
 
     def _tell_waiting_groups(self, now: float) -> None:
         for groups in self._waiting.values():
@@ -358,7 +359,8 @@ class NodePlacement(NodeActors):
             is_placed = [bundle.placed for bundle in group.bundles]
             assert is_placed == [group.state == CREATED] * len(is_placed), f"{group} is placed in part: {is_placed}"
             assert (group.state == PENDING) == (group.group_id in waiting), f"{group} does not wait, or for nothing"
-            assert (group.state == PENDING) == (group.group_id in self.lineage.promised), f"{group}: ready() is wrong"
+            promised = group.group_id in self.lineage.promised
+            assert group.state == PENDING or not promised, f"{group} is not to be waited for any more"
             assert (group.state == REMOVED) == (group.group_id in self._removed)
             placed.update(group.bundles if group.state == CREATED else ())
             for shape in group.shapes:
