@@ -131,7 +131,7 @@ def init(
         policy: a `minray.policy.Policy` with the scheduler's choices.
         job: the name of a durable job: what a run of it has finished, later runs return without running it again.
         storage: the file that keeps a durable job's results; default: one for each job, where sessions are kept.
-        labels: of this node, for label_selector= and NodeLabelSchedulingStrategy; names that begin with ray.io/ are taken.
+        labels: of this node, for label_selector= and NodeLabelSchedulingStrategy.
         more: options of Ray that have nothing to act on here are accepted (include_dashboard, logging_level, …).
 
     Returns:
@@ -276,7 +276,7 @@ def _check_labels(labels: Any) -> None:
         if not isinstance(name, str) or not isinstance(value, str) or not name:
             raise ValueError(f"init(labels={{{name!r}: {value!r}}}): names and values of labels are strings.")
         if name.startswith("ray.io/"):
-            raise ValueError(f"init(labels={{{name!r}: ...}}): labels that begin with ray.io/ are set by minray itself.")
+            raise ValueError(f"init(labels={{{name!r}: ...}}): labels that begin with ray.io/ are minray's own.")
 
 
 def _store_bytes(given: Mapping[str, Any]) -> int | None:

@@ -167,7 +167,9 @@ class Driver(CoreWorker):
             int(self.started_s * 1e6), None, self.version, sys.version.split()[0], self.namespace,
             json.dumps(resources),
         ]  # fmt: skip
-        node_row = (1, self.node_id, socket.gethostname(), 0, json.dumps(resources), capacity, json.dumps(self.node.labels))
+        node_row = (
+            1, self.node_id, socket.gethostname(), 0, json.dumps(resources), capacity, json.dumps(self.node.labels),
+        )  # fmt: skip
         return {"jobs": [tuple(self._job_row)], "nodes": [node_row]}
 
     # ------------------------------------------------------------ Ctrl-C

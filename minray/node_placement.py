@@ -104,8 +104,8 @@ class NodePlacement(NodeActors):
     def _new_group(self, event: PlacementGroupRequested, known: Group | None, now: float) -> None:
         creator = self._client(event.client).actor
         self._groups_made += 1
-        ends_with = creator.actor_id if creator is not None and creator.options.detached and not event.detached else None
-        group = Group(event, self._groups_made, ends_with, now)
+        fate_shared = creator is not None and creator.options.detached and not event.detached
+        group = Group(event, self._groups_made, creator.actor_id if creator and fate_shared else None, now)
         if known is not None:  # Made and removed by an earlier attempt.
             del self._removed[group.group_id]
             self.lineage.release(group.group_id)
@@ -121,8 +121,8 @@ class NodePlacement(NodeActors):
         elif (why := self._why_never_placed(group)):
             self._event("placement_group_infeasible", group.group_id, f"it can never be placed: {why}", now)
             text = (
-                f"{group} can never be placed: {why}. It reserves nothing; its ready() raises, its wait() returns False, "
-                "and its tasks and actors fail."
+                f"{group} can never be placed: {why}. It reserves nothing; its ready() raises, its wait() returns "
+                "False, and its tasks and actors fail."
             )
             self._give_up_group(group, why, error_payload("PlacementGroupUnschedulableError", text))
             self.wire.append(Warn(text))
@@ -139,7 +139,8 @@ class NodePlacement(NodeActors):
             return f"STRICT_SPREAD wants a node for each of its {len(group.bundles)} bundles, and there is one node"
         for index, (_, conditions) in enumerate(group.wants):
             if not meets(self.labels, conditions):
-                return f"bundle {index} wants a node with {in_words(conditions)}, and this one has {self._labels_in_words()}"
+                has = self._labels_in_words()
+                return f"bundle {index} wants a node with {in_words(conditions)}, and this one has {has}"
         rooms = {1: Room(scheduler.total, self.labels)}
         if plan(group.wants, group.strategy, rooms) is None or not scheduler.could_ever_reserve(group.bundles):
             return f"it wants {group.demand}, and this node has {amounts(scheduler.total.items())} in all"
@@ -187,9 +188,9 @@ class NodePlacement(NodeActors):
                     break
                 group.told = True
                 text = (
-                    f"{group} wants {group.demand} and waits: of the {amounts(self.scheduler.total.items())} of this node "
-                    "too much is held by tasks, actors and other placement groups. It is placed when enough of them end "
-                    "(minray.util.remove_placement_group, minray.kill)."
+                    f"{group} wants {group.demand} and waits: of the {amounts(self.scheduler.total.items())} of this "
+                    "node too much is held by tasks, actors and other placement groups. It is placed when enough of "
+                    "them end (minray.util.remove_placement_group, minray.kill)."
                 )
                 self._event("placement_group_starved", group.group_id, text, now)
                 self.wire.append(Warn(text))
@@ -257,8 +258,9 @@ class NodePlacement(NodeActors):
         actor = worker.actor
         if actor is not None:
             text = (
-                f"actor {actor.options.class_name} [{ids.short(actor.actor_id)}] is dead: {group}, in which it was, was "
-                f"removed ({group.reason}). What it was executing may have run partway. minray will not run it again."
+                f"actor {actor.options.class_name} [{ids.short(actor.actor_id)}] is dead: {group}, in which it was, "
+                f"was removed ({group.reason}). What it was executing may have run partway. minray will not run it "
+                "again."
             )
             error = error_payload("ActorPlacementGroupRemoved", text)
             actor.cause = (error, f"ActorPlacementGroupRemoved: {text}")

@@ -64,7 +64,9 @@ _BOTH: dict[str, tuple[Check, str]] = {
     "accelerator_type": _TEXT,
     "label_selector": _SELECTOR,
     "fallback_strategy": (
-        lambda v: isinstance(v, (list, tuple)) and all(isinstance(d, Mapping) and set(d) <= {"label_selector"} for d in v),
+        lambda v: (
+            isinstance(v, (list, tuple)) and all(isinstance(d, Mapping) and set(d) <= {"label_selector"} for d in v)
+        ),
         'a list of dicts {"label_selector": {...}}, to be tried in order',
     ),
 }
@@ -141,15 +143,17 @@ def _check_places(given: Mapping[str, Any], where: str) -> None:
     strategy = given.get("scheduling_strategy")
     old = [name for name in _PLACES[1:4] if name in given]
     if old and "scheduling_strategy" in given:
-        raise ValueError(f"{where}(scheduling_strategy=..., {old[0]}=...): both say where to run. Leave out one of them.")
+        raise ValueError(f"{where}(scheduling_strategy=..., {old[0]}=...): both say where to run. Leave out one.")
     group, index, _ = _group_of(given)
     if group is None and given.get("placement_group_bundle_index", -1) >= 0:
-        raise ValueError(f"{where}(placement_group_bundle_index=...) needs placement_group=..., of which it is a bundle.")
+        raise ValueError(
+            f"{where}(placement_group_bundle_index=...) needs placement_group=..., of which it is a bundle."
+        )
     count = group.bundle_count if group is not None else 0
     if group is not None and not -1 <= index < count:
         raise ValueError(
-            f"{where}(...): bundle index {index} is wrong. The placement group has {count} bundles: 0 to {count - 1}, or "
-            "-1 for any of them."
+            f"{where}(...): bundle index {index} is wrong. The placement group has {count} bundles: 0 to {count - 1}, "
+            "or -1 for any of them."
         )
     if "fallback_strategy" in given and "label_selector" not in given and isinstance(strategy, (str, type(None))):
         raise ValueError(f"{where}(fallback_strategy=...) needs label_selector=..., which is tried first.")
@@ -180,8 +184,9 @@ def placement_of(given: Mapping[str, Any], resources: Resources, captured: Place
     if not any(all(bundle.get(kind, 0) >= amount for kind, amount in wanted.items()) for bundle in bundles):
         which = "every bundle of its placement group" if index < 0 else f"bundle {index} of its placement group"
         raise ValueError(
-            f"{name} needs {wanted}, which is more than {which} has: {bundles}. It was not submitted. A task or an actor "
-            "must fit into one bundle: ask for less (.options(num_cpus=..., resources=...)), or make larger bundles."
+            f"{name} needs {wanted}, which is more than {which} has: {bundles}. It was not submitted. A task or an "
+            "actor must fit into one bundle: ask for less (.options(num_cpus=..., resources=...)), or make larger "
+            "bundles."
         )
     return (group.id, index, captures)
 

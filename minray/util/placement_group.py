@@ -97,13 +97,13 @@ def placement_group(
     """Reserve resources, all of them or none; returns at once, see `PlacementGroup.ready`.
 
     Args:
-        bundles: what each bundle reserves, by the name of the resource: {"CPU": 2, "GPU": 1}.  A task or an actor of the
-            group must fit into one of them.
+        bundles: what each bundle reserves, by the name of the resource: {"CPU": 2, "GPU": 1}.  A task or an actor
+            of the group must fit into one of them.
         strategy: "PACK", "SPREAD", "STRICT_PACK", or "STRICT_SPREAD", which wants a node for each bundle: on
             one machine that is for one bundle only.
         name: for `get_placement_group`.
-        lifetime: None, or "detached"; both end with the session, but what a detached actor has made ends with that actor
-            unless it is detached, too.
+        lifetime: None, or "detached"; both end with the session, but what a detached actor has made ends with that
+            actor unless it is detached, too.
         _soft_target_node_id: a hint that is always followed, as there is one node.
         bundle_label_selector: for each bundle the labels of its node; one for all of them, if it is the only one.
 
@@ -132,11 +132,11 @@ def placement_group(
         return PlacementGroupRequested(core.client, request_id, group.id, wants, strategy, name, detached, value)
 
     if not name:
-        core.send(request(0))
+        core.send_now(request(0))
     elif refused := core.ask(request):
         raise ValueError(
-            f"placement_group(name={name!r}): {refused}. It was not made. minray.util.get_placement_group() finds that one; "
-            "remove_placement_group() frees the name."
+            f"placement_group(name={name!r}): {refused}. It was not made. minray.util.get_placement_group() finds that "
+            "one; remove_placement_group() frees the name."
         )
     return group
 
@@ -163,12 +163,14 @@ def validate_placement_group(
         if strategy != "STRICT_PACK":
             raise ValueError(f"placement_group(_soft_target_node_id=...) goes with STRICT_PACK only, got {strategy!r}.")
         if not isinstance(_soft_target_node_id, str):
-            raise ValueError(f"placement_group(_soft_target_node_id=...) is a node's hex ID, got {_soft_target_node_id!r}.")
+            raise ValueError(
+                f"placement_group(_soft_target_node_id=...) is a node's hex ID, got {_soft_target_node_id!r}."
+            )
     if bundle_label_selector is not None:
         if len(bundle_label_selector) not in (1, len(bundles)):
             raise ValueError(
-                f"placement_group(bundle_label_selector=...) has a selector for each of the {len(bundles)} bundles, or one "
-                f"for all, got {len(bundle_label_selector)}."
+                f"placement_group(bundle_label_selector=...) has a selector for each of the {len(bundles)} bundles, or "
+                f"one for all, got {len(bundle_label_selector)}."
             )
         for selector in bundle_label_selector:
             parse_selector(selector)
@@ -197,8 +199,8 @@ def _resources(bundle: Mapping[str, float]) -> Resources:
 
 def remove_placement_group(placement_group: PlacementGroup) -> None:
     """Give the group's resources back.  Its tasks and actors end at once: who waits for them gets
-    TaskPlacementGroupRemoved and ActorPlacementGroupRemoved.  Of a group that is removed already nothing is left to remove.
-    """
+    TaskPlacementGroupRemoved and ActorPlacementGroupRemoved.  Of a group that is removed already nothing is left to
+    remove."""
     core = api.core()
     core.send_now(PlacementGroupRemoved(core.client, _checked("remove_placement_group", placement_group).id))
 
@@ -218,7 +220,8 @@ def get_placement_group(placement_group_name: str) -> PlacementGroup:
 
 def placement_group_table(placement_group: PlacementGroup | None = None) -> dict[str, Any]:
     """What there is to know about a group, or (by hex ID) about all, removed ones too: name, bundles, strategy, state
-    (PENDING, CREATED, REMOVED, INFEASIBLE), bundles_to_node_id, stats.  {} for a group of another session."""
+    (PENDING, CREATED, REMOVED, INFEASIBLE), bundles_to_node_id, stats, and why it was removed or is infeasible.  {} for
+    a group that is not known (any more): of removed ones the newest 1,000 are."""
     found = {row["id"].hex(): _table_row(row) for row in api._query("placement_groups")}
     if placement_group is None:
         return found
@@ -235,7 +238,8 @@ def _table_row(row: Mapping[str, Any]) -> dict[str, Any]:
         "bundles_to_node_id": dict.fromkeys(range(len(row["bundles"])), node),
         "strategy": row["strategy"],
         "state": row["state"],
-        "stats": {"end_to_end_creation_latency_ms": 1000 * took, "scheduling_state": row["reason"] or row["state"]},
+        "stats": {"end_to_end_creation_latency_ms": 1000 * took, "scheduling_state": row["state"]},
+        "reason": row["reason"],
     }
 
 

@@ -42,7 +42,9 @@ class PlacementGroupSchedulingStrategy:
         placement_group_capture_child_tasks: bool | None = None,
     ) -> None:
         if placement_group is not None and not hasattr(placement_group, "bundle_specs"):
-            raise ValueError(f"PlacementGroupSchedulingStrategy() takes a placement group or None, got {placement_group!r}.")
+            raise ValueError(
+                f"PlacementGroupSchedulingStrategy() takes a placement group or None, got {placement_group!r}."
+            )
         if type(placement_group_bundle_index) is not int:
             raise ValueError(f"placement_group_bundle_index is an integer, got {placement_group_bundle_index!r}.")
         self.placement_group = placement_group
@@ -76,8 +78,8 @@ class NodeAffinitySchedulingStrategy:
             raise ValueError(f"NodeAffinitySchedulingStrategy(soft=...) is True or False, got {soft!r}.")
         if _spill_on_unavailable or _fail_on_unavailable:
             raise NotImplementedError(
-                "NodeAffinitySchedulingStrategy(_spill_on_unavailable=..., _fail_on_unavailable=...): with one node a task "
-                "waits until what it needs is free. Leave them out."
+                "NodeAffinitySchedulingStrategy(_spill_on_unavailable=..., _fail_on_unavailable=...): with one node a "
+                "task waits until what it needs is free. Leave them out."
             )
         self.node_id = node_id
         self.soft = soft
@@ -151,12 +153,14 @@ class NodeLabelSchedulingStrategy:
 
 def _conditions(what: str, labels: Mapping[str, Any]) -> Conditions:
     if not isinstance(labels, Mapping):
-        raise ValueError(f"NodeLabelSchedulingStrategy({what}=...) is a dict such as {{'zone': In('a')}}, got {labels!r}.")
+        raise ValueError(
+            f"NodeLabelSchedulingStrategy({what}=...) is a dict such as {{'zone': In('a')}}, got {labels!r}."
+        )
     for label, operator in labels.items():
         if not isinstance(label, str) or not isinstance(operator, _Operator):
             raise ValueError(
-                f"NodeLabelSchedulingStrategy({what}={{{label!r}: {operator!r}}}): values are In(...), NotIn(...), Exists() "
-                "or DoesNotExist()."
+                f"NodeLabelSchedulingStrategy({what}={{{label!r}: {operator!r}}}): values are In(...), NotIn(...), "
+                "Exists() or DoesNotExist()."
             )
     return tuple((label, operator.operator, tuple(operator.values)) for label, operator in labels.items())
 
