@@ -107,8 +107,8 @@ class NodeWorkers(NodePlacement):
         text = (
             f"{options.name} [task {ids.short(task.spec.task_id)}] needs {amounts(options.resources)} and waits: "
             f"{holders} hold too much of the {amounts(self.scheduler.total.items())} of this node. It runs when "
-            f"{holders} end; if they shall not, give minray.init() more, or the actors less (num_cpus=0 is enough for those that "
-            "mostly wait)."
+            f"{holders} end; if they shall not, give minray.init() more, or the actors less (num_cpus=0 is enough for "
+            "those that mostly wait)."
         )
         self._event("task_starved", task.spec.task_id, text, now)
         self.wire.append(Warn(text))

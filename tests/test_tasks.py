@@ -121,7 +121,7 @@ def test_an_async_function_is_refused_as_a_task():
         ({"num_returns": "streaming"}, NotImplementedError, r'num_returns="streaming"'),
         ({"num_returns": "dynamic"}, NotImplementedError, r'num_returns="dynamic"'),
         ({"runtime_env": {}}, NotImplementedError, r"runtime_env"),
-        ({"placement_group": 1}, NotImplementedError, r"placement groups are not supported yet"),
+        ({"placement_group": 1}, ValueError, r"must be a placement group, or None, got 1"),
         ({"max_restarts": 1}, TypeError, r"max_restarts.*actors"),
     ],
 )

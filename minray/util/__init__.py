@@ -11,7 +11,7 @@
     collective         collective.py       allreduce and its kin between processes
     tqdm               tqdm.py             progress bars in tasks, drawn in the driver
     state              state.py            `minray.state` under Ray's name
-    placement_group    placement_group.py  resources reserved together; imported with this package, see there
+    placement_group    placement_group.py  resources reserved together
     scheduling_strategies                  objects for the option of that name
 
 >>> from minray.util import inspect_serializability
@@ -26,12 +26,12 @@ import importlib
 from typing import Any
 
 from minray.serialization import deregister_serializer, inspect_serializability, register_serializer
-from minray.util.placement_group import (
-    get_current_placement_group, get_placement_group, placement_group, placement_group_table, remove_placement_group,
-)  # fmt: skip
 
 _WHERE = {
     "ActorPool": "actor_pool", "Executor": "executor", "as_completed": "completion", "map_unordered": "completion",
+    "get_current_placement_group": "placement_group", "get_placement_group": "placement_group",
+    "placement_group": "placement_group", "placement_group_table": "placement_group",
+    "remove_placement_group": "placement_group",
 }  # fmt: skip
 _MODULES = (
     "actor_pool", "collective", "completion", "dask", "executor", "joblib", "metrics", "multiprocessing", "queue",

@@ -4,13 +4,15 @@ Thin: a group is asked for and removed by an event each (messages.py), and every
 (node_placement.py).  A `PlacementGroup` is its ID and its bundles, so it can be pickled anywhere; nothing is counted:
 a group lives until it is removed, or its session ends.
 
-As in Ray, `minray.util.placement_group` is this module when it is imported from, and its function of the same
-name when it is looked up.
+In Ray `util.placement_group` is a function, and a module when it is imported from.  So this module can be called: whether
+Python has bound the name to it or to its function makes no difference.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 from minray import api, ids
@@ -259,6 +261,13 @@ def _checked(what: str, placement_group: Any) -> PlacementGroup:
         raise TypeError(f"{what}() takes a placement group, got {placement_group!r}.")
     return placement_group
 
+
+class _Callable(ModuleType):
+    def __call__(self, *args: Any, **kwargs: Any) -> PlacementGroup:
+        return placement_group(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 __all__ = [
     "VALID_PLACEMENT_GROUP_STRATEGIES", "PlacementGroup", "get_current_placement_group", "get_placement_group",
