@@ -135,8 +135,7 @@ class ActorClass:
 
     def options(self, **given: Any) -> ActorClass:
         """The same class with other options."""
-        checked = options.check(given, options.ACTOR, "options")
-        return ActorClass(self._class, {**self._options, **checked}, self._methods)
+        return ActorClass(self._class, options.check(given, options.ACTOR, "options", self._options), self._methods)
 
     def _remote(self, args: Any = (), kwargs: Any = None, **given: Any) -> ActorHandle:
         return self.options(**given).remote(*(args or ()), **(kwargs or {}))

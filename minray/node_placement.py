@@ -65,7 +65,7 @@ class Group:
 
     @property
     def demand(self) -> str:
-        """For people: "CPU 1 + 2 CPU, 1 GPU"."""
+        """For people: "(1 CPU) + (2 CPU, 1 GPU)"."""
         return " + ".join(f"({amounts(resources)})" for resources, _ in self.wants)
 
     def row(self) -> tuple[Any, ...]:

@@ -104,8 +104,12 @@ NOT_YET = {
 }
 
 
-def check(given: Mapping[str, Any], known: Mapping[str, tuple[Check, str]], where: str) -> dict[str, Any]:
-    """The options that are not None.  Raises TypeError for an unknown name, ValueError for a bad value."""
+def check(
+    given: Mapping[str, Any], known: Mapping[str, tuple[Check, str]], where: str, old: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The options that are not None, over those that were there before (`old`).
+
+    Raises TypeError for an unknown name, ValueError for a bad value."""
     for name, value in given.items():
         if name not in known:
             if name in NOT_YET and value is None:
@@ -126,8 +130,11 @@ def check(given: Mapping[str, Any], known: Mapping[str, tuple[Check, str]], wher
             raise ValueError(f"{where}({name}=...) must be {expected}, got {value!r}.")
     chosen = {name: value for name, value in given.items() if value is not None}
     if not chosen.keys().isdisjoint(_PLACES):
-        _check_places(chosen, where)
-    return chosen
+        _check_places(chosen, where, old or {})
+        # Whoever says anew in which group, or on which node, means none of what was said of that before.
+        if "scheduling_strategy" in chosen or "placement_group" in chosen:
+            old = {name: value for name, value in (old or {}).items() if name not in _PLACES[:4]}
+    return {**old, **chosen} if old else chosen
 
 
 _PLACES = (
@@ -138,26 +145,24 @@ A_LITTLE = 0.001
 """Of accelerator_type:X, as in Ray: it only tells which nodes have that kind."""
 
 
-def _check_places(given: Mapping[str, Any], where: str) -> None:
+def _check_places(chosen: Mapping[str, Any], where: str, old: Mapping[str, Any]) -> None:
     """Raises ValueError for options of which one says here, the other there, and for a bundle that is not there."""
-    strategy = given.get("scheduling_strategy")
-    old = [name for name in _PLACES[1:4] if name in given]
-    if old and "scheduling_strategy" in given:
-        raise ValueError(f"{where}(scheduling_strategy=..., {old[0]}=...): both say where to run. Leave out one.")
-    group, index, _ = _group_of(given)
-    if group is None and given.get("placement_group_bundle_index", -1) >= 0:
-        raise ValueError(
-            f"{where}(placement_group_bundle_index=...) needs placement_group=..., of which it is a bundle."
-        )
+    legacy = [name for name in _PLACES[1:4] if name in chosen]
+    if legacy and "scheduling_strategy" in chosen:
+        raise ValueError(f"{where}(scheduling_strategy=..., {legacy[0]}=...): both say where to run. Leave out one.")
+    given = {**old, **chosen}
+    group, index, _ = _group_of(chosen if "scheduling_strategy" in chosen or "placement_group" in chosen else given)
+    if group is None and any(name in chosen for name in _PLACES[2:4]):
+        raise ValueError(f"{where}({legacy[-1]}=...) needs placement_group=..., to which it belongs.")
     count = group.bundle_count if group is not None else 0
     if group is not None and not -1 <= index < count:
         raise ValueError(
             f"{where}(...): bundle index {index} is wrong. The placement group has {count} bundles: 0 to {count - 1}, "
             "or -1 for any of them."
         )
-    if "fallback_strategy" in given and "label_selector" not in given and isinstance(strategy, (str, type(None))):
+    if "fallback_strategy" in given and "label_selector" not in given:
         raise ValueError(f"{where}(fallback_strategy=...) needs label_selector=..., which is tried first.")
-    labels_of(given)
+    labels_of(given)  # Raises ValueError for a selector that is none.
 
 
 def _group_of(given: Mapping[str, Any]) -> tuple[Any, int, bool]:

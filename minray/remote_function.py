@@ -76,8 +76,7 @@ class RemoteFunction(Generic[R]):
 
     def options(self, **given: Any) -> RemoteFunction[R]:
         """The same function with other options."""
-        checked = options.check(given, options.TASK, "options")
-        return RemoteFunction(self._function, {**self._options, **checked})
+        return RemoteFunction(self._function, options.check(given, options.TASK, "options", self._options))
 
     def _remote(self, args: Any = (), kwargs: Any = None, **given: Any) -> Any:
         return self.options(**given).remote(*(args or ()), **(kwargs or {}))

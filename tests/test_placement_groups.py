@@ -396,12 +396,27 @@ def test_what_does_not_fit_its_group_is_refused_when_it_is_submitted(options, sa
         f.options(scheduling_strategy=InGroup(group, index), **options).remote()
 
 
+def test_what_is_said_last_counts(make) -> None:
+    one, other = make([{"CPU": 1}, {"CPU": 1}]), make([{"CPU": 1}])
+    in_one = where.options(placement_group=one, placement_group_bundle_index=1, num_cpus=0.5)
+    assert minray.get(in_one.options(name="again").remote()) == one
+    assert minray.get(in_one.options(placement_group_bundle_index=0).remote()) == one
+    assert minray.get(in_one.options(placement_group=other).remote()) == other
+    assert minray.get(in_one.options(scheduling_strategy=InGroup(other)).remote()) == other
+    assert minray.get(in_one.options(scheduling_strategy="DEFAULT").remote()) is None
+    assert minray.get(where.options(scheduling_strategy=InGroup(one)).options(placement_group=other).remote()) == other
+    with pytest.raises(ValueError, match="bundle index 2 is wrong"):
+        in_one.options(placement_group_bundle_index=2)
+
+
 def test_contradictions_are_refused(make) -> None:
     group = make([{"CPU": 1}])
     with pytest.raises(ValueError, match="both say where to run"):
         where.options(placement_group=group, scheduling_strategy="SPREAD")
-    with pytest.raises(ValueError, match="needs placement_group=..., of which it is a bundle"):
+    with pytest.raises(ValueError, match=r"placement_group_bundle_index=\.\.\.\) needs placement_group="):
         where.options(placement_group_bundle_index=0)
+    with pytest.raises(ValueError, match=r"placement_group_capture_child_tasks=\.\.\.\) needs placement_group="):
+        where.options(placement_group_capture_child_tasks=True)
     with pytest.raises(ValueError, match="must be a placement group, or None"):
         where.options(placement_group="mine")
     with pytest.raises(ValueError, match="takes a placement group or None, got 'mine'"):

@@ -4,12 +4,13 @@ Thin: a group is asked for and removed by an event each (messages.py), and every
 (node_placement.py).  A `PlacementGroup` is its ID and its bundles, so it can be pickled anywhere; nothing is counted:
 a group lives until it is removed, or its session ends.
 
-In Ray `util.placement_group` is a function, and a module when it is imported from.  So this module can be called: whether
-Python has bound the name to it or to its function makes no difference.
+In Ray `util.placement_group` is a function, and a module when it is imported from.  So this module can be called:
+whether Python has bound the name to it or to its function makes no difference.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
@@ -265,6 +266,9 @@ def _checked(what: str, placement_group: Any) -> PlacementGroup:
 class _Callable(ModuleType):
     def __call__(self, *args: Any, **kwargs: Any) -> PlacementGroup:
         return placement_group(*args, **kwargs)
+
+    def __reduce__(self) -> Any:  # A task may use it by its global name.
+        return (importlib.import_module, (self.__name__,))
 
 
 sys.modules[__name__].__class__ = _Callable
