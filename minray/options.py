@@ -185,8 +185,8 @@ def placement_of(given: Mapping[str, Any], resources: Resources, captured: Place
     if group is None or group.is_empty:
         return captured if "scheduling_strategy" not in given else ()
     bundles = group.bundle_specs if index < 0 else [group.bundle_specs[index]]
-    wanted = {kind: units / UNIT for kind, units in resources}
-    if not any(all(bundle.get(kind, 0) >= amount for kind, amount in wanted.items()) for bundle in bundles):
+    if not any(all(round(bundle.get(kind, 0) * UNIT) >= units for kind, units in resources) for bundle in bundles):
+        wanted = {kind: units / UNIT for kind, units in resources}
         which = "every bundle of its placement group" if index < 0 else f"bundle {index} of its placement group"
         raise ValueError(
             f"{name} needs {wanted}, which is more than {which} has: {bundles}. It was not submitted. A task or an "

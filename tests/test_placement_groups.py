@@ -409,6 +409,12 @@ def test_what_is_said_last_counts(make) -> None:
         in_one.options(placement_group_bundle_index=2)
 
 
+def test_fractions_are_compared_as_they_are_counted(make) -> None:
+    third = 1 / 3
+    group = make([{"CPU": third}])
+    assert minray.get(where.options(num_cpus=third, placement_group=group).remote()) == group
+
+
 def test_contradictions_are_refused(make) -> None:
     group = make([{"CPU": 1}])
     with pytest.raises(ValueError, match="both say where to run"):
