@@ -165,22 +165,6 @@ TABLES: dict[str, Table] = {
             freed_us=(int, "When nothing could need it any more; NULL until then."),
         ),
     ),
-    "placement_groups": Table(
-        "One row a placement group.  All that live stay, and the newest 100,000 removed.",
-        _columns(
-            no=(int, "Number of the group in this job."),
-            group_id=(bytes, "ID of the group, and of the object that its ready() returns."),
-            name=(str, "The name that get_placement_group() finds it by; NULL if it has none."),
-            strategy=(str, "PACK, SPREAD, STRICT_PACK or STRICT_SPREAD."),
-            bundles=(str, 'What it reserves, as a JSON array: [{"CPU": 1.0}].'),
-            state=(int, "Index into PLACEMENT_GROUP_STATES."),
-            detached=(int, '1 if lifetime="detached" was asked for.'),
-            requested_us=(int, "When it was asked for."),
-            placed_us=(int, "When its resources were reserved; NULL if they were not."),
-            removed_us=(int, "When it was removed; NULL while it lives."),
-            reason=(str, "Why it was removed, or can never be placed, in one line."),
-        ),
-    ),
     "jobs": Table(
         "One row a job, which is the whole run of one driver.",
         _columns(
@@ -240,6 +224,22 @@ TABLES: dict[str, Table] = {
             size_bytes=(int, "Their sizes, added up."),
         ),
         key=("location", "state"),
+    ),
+    "placement_groups": Table(
+        "One row a placement group.  All that live stay, and the newest 100,000 removed.",
+        _columns(
+            no=(int, "Number of the group in this job."),
+            group_id=(bytes, "ID of the group, and of the object that its ready() returns."),
+            name=(str, "The name that get_placement_group() finds it by; NULL if it has none."),
+            strategy=(str, "PACK, SPREAD, STRICT_PACK or STRICT_SPREAD."),
+            bundles=(str, 'What it reserves, as a JSON array: [{"CPU": 1.0}].'),
+            state=(int, "Index into PLACEMENT_GROUP_STATES."),
+            detached=(int, '1 if lifetime="detached" was asked for.'),
+            requested_us=(int, "When it was asked for."),
+            placed_us=(int, "When its resources were reserved; NULL if they were not."),
+            removed_us=(int, "When it was removed; NULL while it lives."),
+            reason=(str, "Why it was removed, or can never be placed, in one line."),
+        ),
     ),
 }
 

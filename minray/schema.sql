@@ -79,20 +79,6 @@ CREATE TABLE "objects" (
    "freed_us" INTEGER,
    "checksum" INTEGER
 );
-CREATE TABLE "placement_groups" (
-   "no" INTEGER PRIMARY KEY,
-   "group_id" BLOB,
-   "name" TEXT,
-   "strategy" TEXT,
-   "bundles" TEXT,
-   "state" INTEGER,
-   "detached" INTEGER,
-   "requested_us" INTEGER,
-   "placed_us" INTEGER,
-   "removed_us" INTEGER,
-   "reason" TEXT,
-   "checksum" INTEGER
-);
 CREATE TABLE "jobs" (
    "no" INTEGER PRIMARY KEY,
    "job_id" BLOB,
@@ -142,6 +128,20 @@ CREATE TABLE "object_totals" (
    "size_bytes" INTEGER,
    "checksum" INTEGER,
    PRIMARY KEY ("location", "state")
+);
+CREATE TABLE "placement_groups" (
+   "no" INTEGER PRIMARY KEY,
+   "group_id" BLOB,
+   "name" TEXT,
+   "strategy" TEXT,
+   "bundles" TEXT,
+   "state" INTEGER,
+   "detached" INTEGER,
+   "requested_us" INTEGER,
+   "placed_us" INTEGER,
+   "removed_us" INTEGER,
+   "reason" TEXT,
+   "checksum" INTEGER
 );
 CREATE VIEW "task_view" AS SELECT t.no, nullif(lower(hex(t.task_id)), '') task_id, t.attempt attempt_number, o.name,
   CASE t.state WHEN 0 THEN 'PENDING_ARGS_AVAIL' WHEN 1 THEN 'PENDING_NODE_ASSIGNMENT' WHEN 2 THEN 'SUBMITTED_TO_WORKER' WHEN 3 THEN 'RUNNING' WHEN 4 THEN 'FINISHED' WHEN 5 THEN 'FAILED' END state, (SELECT nullif(lower(hex(job_id)), '') FROM jobs LIMIT 1) job_id, nullif(lower(hex(a.actor_id)), '') actor_id,
