@@ -168,8 +168,7 @@ class ActorClass:
 
     def options(self, **given: Any) -> ActorClass:
         """The same class with other options."""
-        checked = options.check(given, options.ACTOR, "options")
-        return ActorClass(self._class, {**self._options, **checked}, self._methods)
+        return ActorClass(self._class, options.check(given, options.ACTOR, "options", self._options), self._methods)
 
     def _remote(self, args: Any = (), kwargs: Any = None, **given: Any) -> ActorHandle:
         return self.options(**given).remote(*(args or ()), **(kwargs or {}))
@@ -229,14 +228,15 @@ class ActorClass:
         given = self._options
         for name, method_options in self._methods.items():
             self._interface.check_group(name, method_options)
+        # An actor holds what it asks for as long as it lives; without a word, nothing,
+        # so that a dozen actors fit on two CPUs.
+        resources = options.resources_of(given, default_cpus=0)
         self._template_no = core.template(
             TaskOptions(
                 kind=ACTOR_CREATION,
                 function_id=core.export(self._class),
                 name=f"{self._class.__name__}.__init__",
-                # An actor holds what it asks for as long as it lives; without a word, nothing,
-                # so that a dozen actors fit on two CPUs.
-                resources=options.resources_of(given, default_cpus=0),
+                resources=resources,
                 max_retries=0,
                 max_concurrency=given.get("max_concurrency", ASYNC_CONCURRENCY if self._is_async else 1),
                 checkpoint_every=given.get("checkpoint_every", 0),
@@ -245,6 +245,8 @@ class ActorClass:
                 is_async=self._is_async,
                 concurrency_groups=tuple(given.get("concurrency_groups", {}).items()),
                 runtime_env=core.environment_of(given.get("runtime_env")),
+                placement=options.placement_of(given, resources, core.captured, self.__name__),
+                labels=options.labels_of(given),
             )
         )
         self._known_to = core.token

@@ -90,11 +90,10 @@ _ACCEPTED = {
 _OWN = (
     "address", "num_cpus", "num_gpus", "resources", "object_store_memory", "namespace", "log_to_driver",
     "ignore_reinit_error", "history", "policy", "job", "storage", "runtime_env",
-    "job_config", "_memory", "_temp_dir",
+    "job_config", "labels", "_memory", "_temp_dir",
 )  # fmt: skip
 _REFUSED = {
     "local_mode": "local mode is not supported yet; a real session starts in milliseconds",
-    "labels": "nodes have no labels yet; declare resources={'name': 1} instead",
 }
 
 
@@ -114,6 +113,7 @@ def init(
     storage: str | os.PathLike[str] | None = None,
     runtime_env: Mapping[str, Any] | None = None,
     job_config: JobConfig | Mapping[str, Any] | None = None,
+    labels: Mapping[str, str] | None = None,
     **more: Any,
 ) -> Context:
     """Start a session: this process becomes its driver.
@@ -137,6 +137,7 @@ def init(
             `minray.runtime_env.RuntimeEnv`.
         job_config: a `minray.job_config.JobConfig`; options that are given here count more.
         _temp_dir: where this session's directory is made, instead of $MINRAY_HOME.
+        labels: of this node, for label_selector= and NodeLabelSchedulingStrategy.
         more: options of Ray that have nothing to act on here are accepted (include_dashboard, logging_level, …).
 
     Returns:
@@ -158,6 +159,7 @@ def init(
             f"init(address={address!r}): there is no cluster to connect to. Leave address out to start a session here."
         )
     _check_kinds(namespace, log_to_driver, policy)
+    _check_labels(labels)
     if job is None and storage is not None:
         raise ValueError("init(storage=...) keeps the results of a durable job, so it needs init(job=...): its name.")
     given = {
@@ -165,6 +167,7 @@ def init(
         "namespace": namespace, "log_to_driver": log_to_driver, "history": history, "policy": policy,
         "memory": more.get("_memory"), "job": (job, storage) if job is not None else None,
         "root": _root(more.get("_temp_dir")),
+        "labels": labels,
     }  # fmt: skip
     _add_job(given, runtime_env, job_config)
     with _init_lock:
@@ -219,6 +222,7 @@ def _start(given: Mapping[str, Any], announce: bool = False) -> Context:
                 root=given.get("root"),
                 default_lifetime=given.get("default_lifetime"),
                 search_path=given.get("search_path", ()),
+                labels=given.get("labels"),
             )
             if given.get("runtime_env"):
                 _enter(_core, given["runtime_env"])
@@ -325,6 +329,18 @@ def _check_kinds(namespace: Any, log_to_driver: Any, policy: Any) -> None:
         raise ValueError(f"init(policy=...) must be a minray.policy.Policy, got {policy!r}.")
 
 
+def _check_labels(labels: Any) -> None:
+    if labels is None:
+        return
+    if not isinstance(labels, Mapping):
+        raise ValueError(f"init(labels=...) must be a dict of names and values, got {labels!r}.")
+    for name, value in labels.items():
+        if not isinstance(name, str) or not isinstance(value, str) or not name:
+            raise ValueError(f"init(labels={{{name!r}: {value!r}}}): names and values of labels are strings.")
+        if name.startswith("ray.io/"):
+            raise ValueError(f"init(labels={{{name!r}: ...}}): labels that begin with ray.io/ are minray's own.")
+
+
 def _store_bytes(given: Mapping[str, Any]) -> int | None:
     amount: int | None = _amount(given, "object_store_memory", None, whole=True)
     if amount is not None and amount < LEAST_STORE_BYTES:
@@ -385,9 +401,10 @@ def remote(*args: Any, **given: Any) -> Any:
     """Make a function's calls tasks, or a class's instances actors.
 
     Options of tasks: num_cpus (default 1), num_gpus, memory, resources, num_returns, name, max_retries (3),
-    retry_exceptions (False), scheduling_strategy, runtime_env, max_calls.  Of actors: num_cpus (default 0), num_gpus,
-    memory, resources, name, namespace, get_if_exists, lifetime, max_concurrency, concurrency_groups, max_restarts,
-    max_task_retries, max_pending_calls, runtime_env.
+    retry_exceptions (False), max_calls.  Of actors: num_cpus (default 0), num_gpus, memory, resources,
+    name, namespace, get_if_exists, lifetime, max_concurrency, concurrency_groups, max_restarts, max_task_retries,
+    max_pending_calls.  Of both: runtime_env, scheduling_strategy, placement_group, label_selector,
+    fallback_strategy, accelerator_type.
 
     >>> @minray.remote(num_cpus=0.5, max_retries=0)
     ... def half(x):
@@ -518,6 +535,7 @@ def nodes() -> list[dict[str, Any]]:
             "NodeManagerHostname": socket.gethostname(),
             "NodeManagerAddress": "127.0.0.1",
             "Resources": _query("resources"),
+            "Labels": _query("labels"),
         }
     ]
 

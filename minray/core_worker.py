@@ -35,7 +35,7 @@ from minray.messages import (
 from minray.object_ref import ObjectRef, new_ref
 from minray.reference_counter import ReferenceCounter, References
 from minray.serialization import INLINE_LIMIT, Serialized, deserialize, flat_chunks, serialize, to_bytes, write_flat
-from minray.task_spec import ActorOptions, TaskOptions, TaskSpec
+from minray.task_spec import ActorOptions, Placement, TaskOptions, TaskSpec
 
 if TYPE_CHECKING:
     import asyncio
@@ -120,6 +120,8 @@ class CoreWorker(ABC):
         self.interrupts_change: Callable[[], bool]  # whether the calling thread was in the middle of telling the node
         self._export_lock = threading.RLock()  # A finalizer that comes in between may export, too.
         self.digester: Digester | None = None  # in durable jobs
+        self.placement: Placement = ()  # of the task or actor that this process runs
+        self.captured: Placement = ()  # where tasks go that it submits without saying where; a token for each such
         self.token = object()  # for remote functions, to note that they are known here; they must not keep the session
 
     @property

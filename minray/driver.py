@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from itertools import compress, count, islice
@@ -62,6 +62,7 @@ class Driver(CoreWorker):
         root: str | None = None,
         default_lifetime: str | None = None,
         search_path: Sequence[str] = (),
+        labels: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.references = References()
@@ -122,6 +123,7 @@ class Driver(CoreWorker):
                 lambda object_id: os.path.join(spill, object_id.hex()),
                 policy,
                 session_id=self.job_id[:8],
+                labels=labels,
             )
             self.node.lineage.arena.allocate(BLACK_BOX_BYTES)
             self._printer = OutputPrinter(self._log_of)
@@ -170,7 +172,9 @@ class Driver(CoreWorker):
             int(self.started_s * 1e6), None, self.version, sys.version.split()[0], self.namespace,
             json.dumps(resources),
         ]  # fmt: skip
-        node_row = (1, self.node_id, socket.gethostname(), 0, json.dumps(resources), capacity)
+        node_row = (
+            1, self.node_id, socket.gethostname(), 0, json.dumps(resources), capacity, json.dumps(self.node.labels),
+        )  # fmt: skip
         return {"jobs": [tuple(self._job_row)], "nodes": [node_row]}
 
     # ------------------------------------------------------------ signals

@@ -113,6 +113,10 @@ class TaskPlacementGroupRemoved(RayError):
     """The placement group of the task was removed."""
 
 
+class PlacementGroupUnschedulableError(RayError):
+    """The placement group can never be placed: no node is large enough, or there are too few."""
+
+
 class WorkerCrashedError(RayError):
     """The worker died while it ran the task."""
 

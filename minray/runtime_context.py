@@ -54,7 +54,13 @@ class RuntimeContext:
         return {"GPU": [str(gpu) for gpu in getattr(self._core, "gpu_ids", ())]}
 
     def get_node_labels(self) -> dict[str, str]:
-        return {}
+        """Those of `init(labels=)`, and "ray.io/node-id"."""
+        return dict(api._query("labels"))
+
+    def get_placement_group_id(self) -> str | None:
+        """Of the group that the task or actor runs in."""
+        placement = self._core.placement
+        return placement[0].hex() if placement else None
 
     def is_canceled(self) -> bool:
         """Whether minray.cancel() was called on the task or call that asks.

@@ -57,7 +57,8 @@ from minray.output_labels import LabelledFile
 from minray.serialization import INLINE_LIMIT, deserialize, serialize, to_bytes
 from minray.surroundings import OWN_FDS_FROM, Surroundings
 from minray.task_spec import (
-    ACTOR_CREATION, ACTOR_EXITED, ACTOR_METHOD, CANCELLED, ERROR, OK, RETRYABLE_ERROR, STREAMING, TASK, TaskOptions,
+    ACTOR_CREATION, ACTOR_EXITED, ACTOR_METHOD, CANCELLED, ERROR, OK, RETRYABLE_ERROR, STREAMING, TASK, Placement,
+    TaskOptions,
     TaskSpec,
 )  # fmt: skip
 
@@ -144,6 +145,7 @@ class Worker(CoreWorker):
         self._blocked = 0
         self.resources: dict[str, float] = {"CPU": 1.0}
         self.gpu_ids: tuple[int | str, ...] = ()
+        self._tokens: dict[Placement, object] = {}  # by what is captured
         self.actor: Any = None
         self.actor_id: bytes | None = None
         self.actor_options: TaskOptions | None = None
@@ -794,7 +796,9 @@ class Worker(CoreWorker):
     def _on_DefineTemplate(self, template_no: int, options: tuple[Any, ...]) -> None:
         self._templates_known[template_no] = TaskOptions(*options)
 
-    def _on_AssignResources(self, num_cpus: float, gpu_ids: tuple[int, ...], resources: dict[str, float]) -> None:
+    def _on_AssignResources(
+        self, num_cpus: float, gpu_ids: tuple[int, ...], resources: dict[str, float], placement: Placement
+    ) -> None:
         names = self.config["gpus"]
         self.resources = resources
         self.gpu_ids = tuple(names[gpu] for gpu in gpu_ids) if names else gpu_ids
@@ -802,6 +806,13 @@ class Worker(CoreWorker):
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpu_ids))
         if "OMP_NUM_THREADS" not in self.config["environment"]:
             os.environ["OMP_NUM_THREADS"] = str(max(1, int(num_cpus)))
+        self.placement = placement
+        captured: Placement = (placement[0], -1, True) if placement and placement[2] else ()
+        if captured != self.captured:
+            # What remote functions know of their numbers here is true in one group (or outside of all).
+            self._tokens[self.captured] = self.token
+            self.captured = captured
+            self.token = self._tokens.setdefault(captured, object())
 
     def _on_SetUpEnvironment(self, environment: str) -> None:
         self._environment = environment

@@ -488,7 +488,7 @@ class Worker(Process):
     def on_DefineTemplate(self, template_no: int, options: TaskOptions) -> None:
         self.sim.template_of[(self.client, template_no)] = TEMPLATES.index(options)
 
-    def on_AssignResources(self, num_cpus: float, gpu_ids: tuple[int, ...], resources: dict[str, float]) -> None:
+    def on_AssignResources(self, num_cpus: float, gpu_ids: tuple[int, ...], resources: dict[str, float], placement: Any) -> None:
         pass
 
     def on_RunTasks(self, tasks: list[tuple[Any, ...]]) -> None:

@@ -120,7 +120,7 @@ def test_an_async_function_is_refused_as_a_task():
         ({"scheduling_strategy": "RANDOM"}, ValueError, r'"DEFAULT" or "SPREAD"'),
         ({"num_returns": "stream"}, ValueError, r'num_returns.*"streaming" or "dynamic" for a generator, got'),
         ({"runtime_env": {"conda": "base"}}, NotImplementedError, r"runtime_env.*conda"),
-        ({"placement_group": 1}, NotImplementedError, r"placement groups are not supported yet"),
+        ({"placement_group": 1}, ValueError, r"must be a placement group, or None, got 1"),
         ({"max_restarts": 1}, TypeError, r"max_restarts.*actors"),
     ],
 )
