@@ -35,9 +35,18 @@ def core() -> CoreWorker:
     return _core
 
 
+_core_of_this_process = core
+
+
 def set_core(new: CoreWorker | None) -> None:
     global _core
     _core = new
+
+
+def set_core_lookup(lookup: Callable[[], CoreWorker] | None) -> None:
+    """In local mode (local.py) each thread has its own part of the session; None: the process has one."""
+    global core
+    core = lookup or _core_of_this_process
 
 
 class Context(Mapping[str, Any]):
@@ -87,12 +96,11 @@ _ACCEPTED = {
 """Options of Ray that a program may give and that have nothing to act on here; who asks for something is told."""
 _OWN = (
     "address", "num_cpus", "num_gpus", "resources", "object_store_memory", "namespace", "log_to_driver",
-    "ignore_reinit_error", "history", "policy", "job", "storage", "_memory",
+    "ignore_reinit_error", "history", "policy", "job", "storage", "local_mode", "_memory",
 )  # fmt: skip
 _REFUSED = {
     "runtime_env": "runtime environments are not supported yet; workers have the driver's environment and sys.path",
     "job_config": "job configurations are not supported yet",
-    "local_mode": "local mode is not supported yet; a real session starts in milliseconds",
     "labels": "nodes have no labels yet; declare resources={'name': 1} instead",
     "_temp_dir": "set the environment variable MINRAY_HOME instead",
 }
@@ -112,6 +120,7 @@ def init(
     policy: Policy | None = None,
     job: str | None = None,
     storage: str | os.PathLike[str] | None = None,
+    local_mode: bool = False,
     **more: Any,
 ) -> Context:
     """Start a session: this process becomes its driver.
@@ -131,6 +140,7 @@ def init(
         policy: a `minray.policy.Policy` with the scheduler's choices.
         job: the name of a durable job: what a run of it has finished, later runs return without running it again.
         storage: the file that keeps a durable job's results; default: one for each job, where sessions are kept.
+        local_mode: everything in this process, one thing at a time: for unit tests and debuggers (see the guide).
         more: options of Ray that have nothing to act on here are accepted (include_dashboard, logging_level, …).
 
     Returns:
@@ -153,15 +163,18 @@ def init(
     _check_kinds(namespace, log_to_driver, policy)
     if job is None and storage is not None:
         raise ValueError("init(storage=...) keeps the results of a durable job, so it needs init(job=...): its name.")
+    if local_mode and job is not None:
+        raise ValueError("init(local_mode=True, job=...): a session in one process keeps nothing, so no job is durable.")
     given = {
         "num_cpus": num_cpus, "num_gpus": num_gpus, "resources": resources, "object_store_memory": object_store_memory,
         "namespace": namespace, "log_to_driver": log_to_driver, "history": history, "policy": policy,
         "memory": more.get("_memory"), "job": (job, storage) if job is not None else None,
+        "local_mode": local_mode,
     }  # fmt: skip
     with _init_lock:
         if _core is not None:
             if not ignore_reinit_error:
-                where = "this is a worker of a session" if _core.client else "a session is running in this process"
+                where = "this is a worker of a session" if core().client else "a session is running in this process"
                 raise RuntimeError(
                     f"minray.init() was called, but {where} already. It was not changed. Call minray.shutdown() first "
                     "(in the driver), leave init() out, or pass ignore_reinit_error=True to go on with that session."
@@ -197,6 +210,14 @@ def _start(given: Mapping[str, Any], announce: bool = False) -> Context:
     with _init_lock:
         if _core is None:
             memory = given.get("memory") or machine.total_memory_bytes() * 7 // 10
+            if given.get("local_mode"):
+                from minray.local import LocalDriver
+
+                _core = LocalDriver(
+                    _resources(given, memory), _store_bytes(given), given.get("namespace") or "anonymous-local",
+                    given.get("policy"), __version__,
+                )  # fmt: skip
+                return _context(_core)
             _core = Driver(  # If Ctrl-C was pressed meanwhile, that is felt below: there is a session by then.
                 resources=_resources(given, memory),
                 object_store_memory=_store_bytes(given),
@@ -287,7 +308,7 @@ def shutdown() -> None:
     """
     global _core
     with _init_lock:
-        if _core is None or _core.client:
+        if _core is None or core().client:
             return
         ending, _core = _core, None
         ending.close()  # type: ignore[attr-defined]

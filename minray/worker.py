@@ -94,27 +94,10 @@ class Worker(CoreWorker):
             from minray.code_digest import Digester
 
             self.digester = Digester()
-        high = fcntl.fcntl(sock.fileno(), fcntl.F_DUPFD_CLOEXEC, OWN_FDS_FROM)
-        sock.close()
-        self.sock = socket.socket(fileno=high)
-        wake_r, wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._wake_r = fcntl.fcntl(wake_r, fcntl.F_DUPFD_CLOEXEC, OWN_FDS_FROM)
-        self._wake_w = fcntl.fcntl(wake_w, fcntl.F_DUPFD_CLOEXEC, OWN_FDS_FROM)
-        os.close(wake_r)
-        os.close(wake_w)
-        self.arena = Arena.attach(config["arena"])
-        self._black_box = self.arena.write_view(black_box_offset(number), 16)
-        self._hold = self.arena.write_view(hold_offset(number), 1)  # set by the node, cleared here: see HoldNext
+        self._open_channel(sock, config, number)
         self._forgets = 0
         self._in_hand: tuple[Any, ...] | None = None  # what the main thread took from the queue last
         self._dropped: tuple[Any, ...] | None = None  # that one, if it was to be forgotten before it had started
-        self._reader = FrameReader()
-        self._roused = False  # something was dropped or submitted while the caretaker slept
-        self._spin = False  # the last read waited so little that spinning would have met it
-        self._poll_object = select.poll()
-        self._poll_object.register(self.sock, select.POLLIN)
-        self._poll_object.register(self._wake_r, select.POLLIN)
-        self.loop = Loop(self._poll, self._wake, "minray-caretaker")
         self.queue: deque[tuple[Any, ...]] = deque()  # tasks not yet started
         self._work = Waiter()  # the main thread waits on it when the queue is empty
         self._idle = False
@@ -146,6 +129,30 @@ class Worker(CoreWorker):
         self._checkpoints: Checkpoints | None = None
         self._saving = False
         self._restore_from: tuple[int, Any] | None = None  # its number, and the checkpoint as it was fetched
+        self._settle_in()
+
+    def _open_channel(self, sock: socket.socket, config: dict[str, Any], number: int) -> None:
+        """What connects this process to the node.  (In local mode it is no process: local.py.)"""
+        high = fcntl.fcntl(sock.fileno(), fcntl.F_DUPFD_CLOEXEC, OWN_FDS_FROM)
+        sock.close()
+        self.sock = socket.socket(fileno=high)
+        wake_r, wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._wake_r = fcntl.fcntl(wake_r, fcntl.F_DUPFD_CLOEXEC, OWN_FDS_FROM)
+        self._wake_w = fcntl.fcntl(wake_w, fcntl.F_DUPFD_CLOEXEC, OWN_FDS_FROM)
+        os.close(wake_r)
+        os.close(wake_w)
+        self.arena = Arena.attach(config["arena"])
+        self._black_box = self.arena.write_view(black_box_offset(number), 16)
+        self._hold = self.arena.write_view(hold_offset(number), 1)  # set by the node, cleared here: see HoldNext
+        self._reader = FrameReader()
+        self._roused = False  # something was dropped or submitted while the caretaker slept
+        self._spin = False  # the last read waited so little that spinning would have met it
+        self._poll_object = select.poll()
+        self._poll_object.register(self.sock, select.POLLIN)
+        self._poll_object.register(self._wake_r, select.POLLIN)
+        self.loop = Loop(self._poll, self._wake, "minray-caretaker")
+
+    def _settle_in(self) -> None:
         sys.stdout = sys.__stdout__ = _labelled(1, self)  # type: ignore[misc]
         sys.stderr = sys.__stderr__ = _labelled(2, self)  # type: ignore[misc]
         self.surroundings = Surroundings(self._on_interrupt)
