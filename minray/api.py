@@ -164,7 +164,7 @@ def init(
     if job is None and storage is not None:
         raise ValueError("init(storage=...) keeps the results of a durable job, so it needs init(job=...): its name.")
     if local_mode and job is not None:
-        raise ValueError("init(local_mode=True, job=...): a session in one process keeps nothing, so no job is durable.")
+        raise ValueError("init(local_mode=True, job=...): a session in one process keeps no job's results.")
     given = {
         "num_cpus": num_cpus, "num_gpus": num_gpus, "resources": resources, "object_store_memory": object_store_memory,
         "namespace": namespace, "log_to_driver": log_to_driver, "history": history, "policy": policy,
