@@ -285,8 +285,8 @@ class _Shower(pickle.Unpickler):
         self._deps = deps
 
     def find_class(self, module: str, name: str) -> Any:
-        def make(cls: Any, *args: Any) -> _Thing:
-            thing = object.__new__(made)
+        def make(cls: Any, *args: Any) -> Any:
+            thing: Any = object.__new__(made)
             if name == "Resolved":
                 text = self._name_of(self._deps[args[0]])
             elif name == "restore":
