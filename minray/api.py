@@ -209,15 +209,12 @@ def _start(given: Mapping[str, Any], announce: bool = False) -> Context:
 
     with _init_lock:
         if _core is None:
-            memory = given.get("memory") or machine.total_memory_bytes() * 7 // 10
             if given.get("local_mode"):
-                from minray.local import LocalDriver
+                from minray.local import start
 
-                _core = LocalDriver(
-                    _resources(given, memory), _store_bytes(given), given.get("namespace") or "anonymous-local",
-                    given.get("policy"), __version__,
-                )  # fmt: skip
+                _core = start(given, _resources, _store_bytes(given))
                 return _context(_core)
+            memory = given.get("memory") or machine.total_memory_bytes() * 7 // 10
             _core = Driver(  # If Ctrl-C was pressed meanwhile, that is felt below: there is a session by then.
                 resources=_resources(given, memory),
                 object_store_memory=_store_bytes(given),

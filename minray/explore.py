@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from minray import __version__, api, ids
+from minray import api, ids
 from minray.stage import Candidate, Strand
 from minray.task_spec import (
     ACTOR_CREATION, ACTOR_EXITED, ACTOR_METHOD, CANCELLED, OK, RETRYABLE_ERROR, TaskOptions, TaskSpec,
@@ -151,7 +151,7 @@ class _Run:
         from minray.local import LocalDriver
 
         core = LocalDriver(
-            self.amounts, 1 << 30, "explore", None, __version__, seed=b"explore", choose=self.choose, virtual=True
+            self.amounts, 1 << 30, "explore", None, seed=b"explore", choose=self.choose, virtual=True
         )
         stage = core.stage
         stage.journal, stage.max_steps, stage.step_timeout_s = self, self.max_steps, self.step_timeout_s

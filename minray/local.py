@@ -14,18 +14,19 @@ a death without ``finally``).  What is not done yet is refused in `_check_option
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import sys
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
-from minray import api, clock, ids, machine, object_ref
+from minray import __version__, api, clock, ids, machine, object_ref
 from minray.core_worker import CoreWorker, TaskContext
 from minray.driver import Driver
 from minray.messages import (
@@ -38,6 +39,22 @@ from minray.reference_counter import References
 from minray.stage import Candidate, Killed, Stage, StageLoop, Strand
 from minray.task_spec import ACTOR_METHOD, TaskOptions, TaskSpec
 from minray.worker import Worker
+
+
+_total_memory = functools.cache(machine.total_memory_bytes)  # Some ms: more than all the rest of a session's start.
+
+
+def start(
+    given: Mapping[str, Any], resources: Callable[[Mapping[str, Any], int], dict[str, float]], store_bytes: int | None
+) -> LocalDriver:
+    """A session with the options of `init`, checked there."""
+    memory = given.get("memory") or _total_memory() * 7 // 10
+    return LocalDriver(
+        resources(given, memory),
+        store_bytes or _total_memory() * 3 // 10,
+        given.get("namespace") or f"anonymous-{os.urandom(4).hex()}",
+        given.get("policy"),
+    )
 
 
 class LocalPolicy(Policy):
@@ -249,10 +266,9 @@ class LocalDriver(Driver):
     def __init__(
         self,
         resources: dict[str, float],
-        object_store_memory: int | None,
+        store_bytes: int,
         namespace: str,
         policy: Policy | None,
-        version: str,
         *,
         seed: bytes | None = None,
         choose: Callable[[list[Candidate]], int] | None = None,
@@ -265,15 +281,14 @@ class LocalDriver(Driver):
         self._guard_interrupts()
         self.namespace = namespace
         self.started_s = clock.now()
-        self.version = version
+        self.version = __version__
         self.job = None
         self.job_id = ids.root_task_id(os.urandom(16) if seed is None else seed)
         self._root = TaskContext(self.job_id, None)
         self.session = _NoSession()  # type: ignore[assignment]
-        capacity = object_store_memory or machine.total_memory_bytes() * 3 // 10
         self._resources = resources
         stage = self.stage = Stage(
-            self, LocalWorker, LocalArena(capacity), resources, policy or LocalPolicy(), choose, virtual
+            self, LocalWorker, LocalArena(store_bytes), resources, policy or LocalPolicy(), choose, virtual
         )
         self.raylet = stage  # type: ignore[assignment]
         self.node, self.arena, self.loop = stage.node, stage.arena, StageLoop(stage)

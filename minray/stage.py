@@ -300,7 +300,7 @@ class Stage:
                 do(command)
             else:
                 worker = self.workers.get(command.client)  # type: ignore[union-attr]
-                if worker is not None:
+                if worker is not None and not worker.dead:
                     getattr(worker, "_on_" + type(command).__name__)(*command[1:])
 
     def _start_worker(self, command: StartWorker) -> None:
