@@ -379,7 +379,7 @@ class _Time:
 
         self._replacements["sleep"] = sleeping
         if stage.virtual:
-            began = {name: getattr(time, name)() for name in ("time", "monotonic", "perf_counter")}
+            began = {name: float(int(getattr(time, name)())) for name in ("time", "monotonic", "perf_counter")}
             for name in began:
                 self._replace_clock(stage, name, began[name])
 

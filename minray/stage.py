@@ -57,12 +57,18 @@ INTERRUPT_PATIENCE_S = 1.0
 """How long the driver, told to stop waiting by Ctrl-C or a test's time limit, waits for the strand that runs."""
 LOOK_S = 0.2
 """How often the driver looks whether a thread of the program's own, for which it waits, is still alive."""
+OVERSLEPT_S = 1e-6
+"""Who sleeps in virtual time wakes so much later: not a rounding error too early."""
 JOIN_S = 5.0
 """How long shutdown() waits for a strand to unwind."""
 
 
 class Deadlock(RuntimeError):
     """Nothing can ever run again, and the driver waits.  The message says who waits for what."""
+
+
+class Endless(RuntimeError):
+    """The program, or a step of it, does not come to an end within the limits that `explore` was given."""
 
 
 class Killed(BaseException):
@@ -186,7 +192,7 @@ class Stage:
         self.steps = 0
         self.step_timeout_s: float | None = None
         self._skipped_s = 0.0  # what the clock has jumped, in all
-        self._began_s = monotonic()
+        self._began_s = float(int(monotonic()))  # Round: what is added in seconds is found again by subtraction.
         self._events: deque[Event] = deque()
         self._handling = False
         self._answers: deque[tuple[Waiter, Any]] = deque()
@@ -539,7 +545,7 @@ class Stage:
             if strand.bell.acquire(timeout=self.step_timeout_s):
                 return
             if steps == self.steps:
-                raise TimeoutError(
+                raise Endless(
                     f"a step of {self.current.name} has taken longer than {self.step_timeout_s:g} s: it computes, or "
                     "waits for something that is not minray's (a lock, a socket, input). While it does, nobody else "
                     "can go on here."
@@ -571,7 +577,7 @@ class Stage:
             found = self.candidates()
             if found:
                 if self.steps >= self.max_steps and self.main in self.parked:
-                    self.main.thrown = TimeoutError(
+                    self.main.thrown = Endless(
                         f"the program has not ended after {self.steps:,} steps, so it is taken to go on for ever. If "
                         "it does end, allow more: max_steps=..."
                     )
@@ -615,7 +621,7 @@ class Stage:
         left = deadline - self.now()
         if left > 0:
             if self.virtual:
-                self._skipped_s += left
+                self._skipped_s += left + OVERSLEPT_S
             else:
                 self._news.clear()
                 self._wait_for_news(left)

@@ -513,6 +513,7 @@ def outcome(program):
     except Exception as error:
         said = str(error).partition("\n")[0]
         said = re.sub(r"\d[\d,]* bytes of memory|[0-9a-f]{4}-\d+|[0-9a-f]{32}|pid[= ]\d+|0x[0-9a-f]+|worker \d+", "~", said)
+        said = said.removesuffix(" It had not started.").removesuffix(" It may have run partway.")  # As load will have it.
         return "raised", [cls.__name__ for cls in type(error).__mro__], said
 
 
