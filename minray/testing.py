@@ -50,6 +50,7 @@ from minray.object_ref import ObjectRef
 from minray.explore import Exploration, ExplorationFailed, explore
 from minray.remote_function import RemoteFunction
 from minray.reset import Leftovers, reset
+from minray.stage import Deadlock
 from minray.zygote import GCS
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ if TYPE_CHECKING:
     from minray.scheduler import WorkerRecord
 
 __all__ = [
-    "Exploration", "ExplorationFailed", "Faults", "FaultsNotFired", "Fired", "Leftovers", "drop", "explore", "faults",
-    "fill_store", "reset",
+    "Deadlock", "Exploration", "ExplorationFailed", "Faults", "FaultsNotFired", "Fired", "Leftovers", "drop", "explore",
+    "faults", "fill_store", "reset",
 ]  # fmt: skip
 
 ROLES = ("gcs", "zygote", "driver")
