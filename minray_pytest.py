@@ -165,7 +165,7 @@ def minray_session(request: pytest.FixtureRequest, _minray_leaks: None) -> Itera
         return
     try:
         left = reset()
-    except TimeoutError as error:
+    except (TimeoutError, RuntimeError) as error:
         shared.end()
         pytest.fail(f"{error}, so this session was ended; the next test gets another.", pytrace=False)
     _report(request, left)

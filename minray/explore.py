@@ -159,7 +159,9 @@ class _Run:
         random.seed(self.seed)
         try:
             test()
-        except Exception as error:
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "Failed":  # pytest.fail() raises that.
+                raise
             raise self._failed(error, number, of) from error
         finally:
             self.steps = stage.steps
@@ -239,7 +241,7 @@ class _Run:
                 lines.append(f"{number:4}  {who:{width}}  {text}" if not at else f"{'':{width + 6}}  {text}")
         return lines
 
-    def _failed(self, error: Exception, number: int, of: int) -> ExplorationFailed:
+    def _failed(self, error: BaseException, number: int, of: int) -> ExplorationFailed:
         lines = self.schedule()
         shown = lines[-LONGEST_SCHEDULE:]
         if len(shown) < len(lines):

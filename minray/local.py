@@ -30,7 +30,7 @@ from minray import __version__, api, clock, ids, machine, object_ref
 from minray.core_worker import CoreWorker, TaskContext
 from minray.driver import Driver
 from minray.messages import (
-    DRIVER, Event, ObjectPut, ObjectsAwaited, ReferencesChanged, TasksFinished, TasksReturned, TasksSubmitted,
+    DRIVER, Event, ObjectPut, ObjectsAwaited, ReferencesChanged, TasksFinished, TasksSubmitted, event_from_wire,
 )  # fmt: skip
 from minray.object_ref import ObjectRef
 from minray.object_store import Allocator, Arena
@@ -222,10 +222,11 @@ class LocalWorker(Worker):
         _check_options(options)
         return super().template(options)
 
-    def _give_back(self, task_ids: list[bytes]) -> None:
-        self.stage.handle(TasksReturned(self.client, task_ids, self._forgets))
-
     def _flush(self) -> None:
+        """What `Worker` would put into a frame, in that order."""
+        messages, self._out = self._out, []
+        for message in messages:
+            self.send(event_from_wire(self.client, message))
         results = [self._results.popleft() for _ in range(len(self._results))]
         if results:
             if self.stage.journal is not None:

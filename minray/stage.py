@@ -59,6 +59,7 @@ LOOK_S = 0.2
 """How often the driver looks whether a thread of the program's own, for which it waits, is still alive."""
 OVERSLEPT_S = 1e-6
 """Who sleeps in virtual time wakes so much later: not a rounding error too early."""
+SHUT_DOWN = "minray was shut down while this thread waited"
 JOIN_S = 5.0
 """How long shutdown() waits for a strand to unwind."""
 
@@ -372,6 +373,8 @@ class Stage:
                 )
             strand = self._enter(Strand(self.driver, f"thread {threading.current_thread().name}", True))
         if strand.is_driver:
+            if self.broken:
+                raise RuntimeError(self.broken)
             self._claim(strand)
         return strand
 
@@ -438,8 +441,8 @@ class Stage:
             except Deadlock as error:
                 with suppress(InvalidStateError):
                     future.set_exception(error)
-            except Killed:
-                return
+            except RuntimeError:
+                return  # The session has ended.
             with self.lock:
                 del self._futures[0]
                 if not self._futures:
@@ -470,6 +473,9 @@ class Stage:
     def _stand_aside(self, strand: Strand, waiter: Waiter | None, deadline: float | None) -> None:
         if strand.thrown is not None:
             return  # Killed or cancelled by what it has done itself.
+        if self.closed:
+            strand.thrown = RuntimeError(SHUT_DOWN) if strand.is_driver else Killed()
+            return
         with self.lock:
             strand.waiter, strand.deadline = waiter, deadline
             strand.since = self.moment()
@@ -589,7 +595,7 @@ class Stage:
             if patient is not None and (not self.virtual or self._next_deadline() is None):
                 return patient
             if not self._let_time_pass():
-                stuck = next(strand for strand in self.parked if strand.is_driver)
+                stuck = self.main if self.main in self.parked else next(s for s in self.parked if s.is_driver)
                 stuck.thrown = Deadlock(self.report())
                 return stuck
 
@@ -668,7 +674,7 @@ class Stage:
             strand.job = None
             strand.thrown = None
             if self.closed:
-                break
+                break  # close() waits for this thread, and rings the next itself.
             self.resting.append(strand)
             try:
                 self._hand_on(None)
@@ -773,9 +779,9 @@ class Stage:
             if strand is None:
                 break
             self.parked.remove(strand)
-            strand.thrown = Killed()
+            strand.thrown = RuntimeError(SHUT_DOWN) if strand.is_driver else Killed()
             strand.bell.release()
-            if strand.thread is not None:
+            if strand.thread is not None and not strand.is_driver:
                 strand.thread.join(JOIN_S)
         for strand in self.resting:
             strand.bell.release()

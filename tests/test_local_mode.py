@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -235,6 +236,52 @@ def test_ctrl_c_ends_a_get_and_the_session_goes_on(local):
         minray.get(sleeping)
     timer.join()
     assert minray.get(add.remote(1)) == 2
+
+
+def test_a_thread_that_waits_is_told_of_the_end(local):
+    told = []
+
+    def wait():
+        try:
+            minray.get(minray.remote(lambda: time.sleep(60)).remote())
+        except RuntimeError as error:
+            told.append(str(error))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    while not any(strand.awaits for strand in api._core.stage.parked):
+        time.sleep(0.01)
+    minray.shutdown()
+    thread.join(5)
+    assert told == ["minray was shut down while this thread waited"]
+
+
+def test_a_session_whose_task_cannot_be_interrupted_says_so(local):
+    gate = threading.Event()
+    sys.modules["test_local_mode_gate"] = types.SimpleNamespace(gate=gate)
+
+    def stuck():
+        sys.modules["test_local_mode_gate"].gate.wait(20)
+
+    timer = threading.Timer(0.2, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT))
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            minray.get(minray.remote(stuck).remote())
+        with pytest.raises(RuntimeError, match="the driver was interrupted while a task ran that did not come to an end"):
+            minray.get(add.remote(1))
+    finally:
+        del sys.modules["test_local_mode_gate"]
+        gate.set()
+        timer.join()
+
+
+def test_a_lost_object_is_made_again(local):
+    make = minray.remote(lambda: np.arange(50_000))
+    ref = make.remote()
+    assert minray.get(ref).sum() == minray.get(ref).sum()
+    minray.testing.drop(ref)
+    assert minray.get(ref)[-1] == 49_999
 
 
 def test_a_task_is_no_driver(local):
