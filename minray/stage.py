@@ -484,7 +484,8 @@ class Stage:
             goes_on = self._hand_on(strand)
         except BaseException:
             with self.lock:
-                self.parked.remove(strand)
+                if strand in self.parked:
+                    self.parked.remove(strand)
                 strand.inside = not strand.is_driver
             raise
         if not goes_on:
@@ -576,6 +577,8 @@ class Stage:
 
     def _next(self) -> Strand:
         while True:
+            if self.closed:
+                raise RuntimeError(SHUT_DOWN)
             self._drain()
             dying = next((s for s in self.parked if isinstance(s.thrown, Killed)), None)
             if dying is not None:
@@ -679,6 +682,8 @@ class Stage:
             try:
                 self._hand_on(None)
             except BaseException as error:  # noqa: B036
+                if self.closed:
+                    break
                 self.main.thrown = error
                 self.current = self.main
                 with suppress(ValueError):
@@ -772,6 +777,7 @@ class Stage:
 
     def close(self) -> None:
         self.closed = True
+        self._news.set()  # Somebody may be waiting for time to pass.
         for worker in self.workers.values():
             worker.dead = True
         for _ in range(1000):  # A strand that catches everything and goes on is left behind.
