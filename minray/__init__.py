@@ -23,6 +23,7 @@ from minray.api import (
     shutdown,
     wait,
 )
+from minray.generator import DynamicObjectRefGenerator, ObjectRefGenerator
 from minray.object_ref import ObjectRef
 from minray.progress import progress
 
@@ -33,8 +34,10 @@ ObjectID = ObjectRef
 __all__ = [
     "ActorClass",
     "ActorHandle",
+    "DynamicObjectRefGenerator",
     "ObjectID",
     "ObjectRef",
+    "ObjectRefGenerator",
     "available_resources",
     "cancel",
     "cluster_resources",

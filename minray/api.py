@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from minray import options
 from minray.core_worker import CoreWorker
+from minray.generator import ObjectRefGenerator
 from minray.interrupts import raise_deferred
 from minray.object_ref import ObjectRef
 
@@ -342,7 +343,8 @@ def remote(*args: Any, **given: Any) -> Any:
 
     Options of tasks: num_cpus (default 1), num_gpus, memory, resources, num_returns, name, max_retries (3),
     retry_exceptions (False), scheduling_strategy.  Of actors: num_cpus (default 0), num_gpus, memory, resources,
-    name, namespace, get_if_exists, lifetime, max_concurrency, max_restarts, max_task_retries, max_pending_calls.
+    name, namespace, get_if_exists, lifetime, max_concurrency, concurrency_groups, max_restarts, max_task_retries,
+    max_pending_calls.
 
     >>> @minray.remote(num_cpus=0.5, max_retries=0)
     ... def half(x):
@@ -397,13 +399,14 @@ def put(value: Any) -> ObjectRef[Any]:
 
 
 def wait(
-    refs: Sequence[ObjectRef[Any]], *, num_returns: int = 1, timeout: float | None = None, fetch_local: bool = True
-) -> tuple[list[ObjectRef[Any]], list[ObjectRef[Any]]]:
+    refs: Sequence[Any], *, num_returns: int = 1, timeout: float | None = None, fetch_local: bool = True
+) -> tuple[list[Any], list[Any]]:
     """Wait until `num_returns` of the refs are ready, or `timeout` seconds are over.
 
     Returns:
         (ready, not ready), each in the order given; `ready` has at most `num_returns`.
 
+    An `ObjectRefGenerator` among them is ready when its next item is there, or when it has come to its end.
     fetch_local has no effect on one machine.
 
     >>> ready, rest = minray.wait([minray.put(1), minray.put(2)])
@@ -413,15 +416,29 @@ def wait(
     return core().wait(refs, num_returns, timeout)
 
 
-def cancel(ref: ObjectRef[Any], *, force: bool = False, recursive: bool = True) -> None:
+def cancel(ref: ObjectRef[Any] | ObjectRefGenerator, *, force: bool = False, recursive: bool = True) -> None:
     """Cancel a task: getting its result raises TaskCancelledError, unless it has finished.
 
-    A task that has not started will not; in one that runs KeyboardInterrupt is raised.  `force` kills its
-    worker instead; `recursive` cancels what it has submitted, too.  A running method of an actor goes on.
+    A task or call that has not started will not.  In a task that runs KeyboardInterrupt is raised, in a coroutine
+    method of an actor asyncio.CancelledError, where it awaits.  Other methods that run go on: they may ask
+    ``get_runtime_context().is_canceled()``.
+
+    Args:
+        ref: what the task returned.
+        force: kill the worker of a task that runs; getting its result then raises an error that is a
+            WorkerCrashedError, too.
+        recursive: cancel what the task has submitted as well (calls of actors never by force).
+
+    Raises:
+        ValueError: force=True for a call of an actor: it would end the actor.
+        TypeError: `ref` is no ObjectRef.
     """
+    if isinstance(ref, ObjectRefGenerator):
+        ref = ref.completed()
     if type(ref) is not ObjectRef:
         raise TypeError(
-            f"cancel() takes the ObjectRef that a task returned, got {ref!r}. To end an actor: minray.kill()"
+            f"cancel() takes the ObjectRef or ObjectRefGenerator that a task returned, got {ref!r}. "
+            "To end an actor: minray.kill()"
         )
     core().cancel(ref, force, recursive)
 

@@ -24,7 +24,7 @@ Its contract with the node:
    `CHECK_S`: longer would keep it from being back within a second.  That finds damage to the
    form of some 200 MB; ``minray check`` finds the rest.
 5. End of file means that the driver is gone: an open job is marked FAILED, and the file
-   is left as one plain file without a WAL.
+   is left as one plain file without a WAL (unless the disk is full: then the WAL stays beside it).
 
 History is bounded: of finished tasks, freed objects and events the newest ``history``
 rows are kept (80 % of them right after a pruning, one group of rows more right before),
@@ -53,6 +53,7 @@ import signal
 import socket
 import sqlite3
 import struct
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -401,7 +402,7 @@ def close_file(path: str) -> None:
 
 
 def main(sock: socket.socket, path: str, history: int = HISTORY, job: dict[str, Any] | None = None) -> None:
-    """The body of the GCS process; returns when the driver is gone.
+    """The body of the GCS process; returns when the driver is gone, or exits with 1 if the disk is still full then.
 
     Meant for a process of its own: it changes the umask, signals and garbage collection.
     """
@@ -409,8 +410,14 @@ def main(sock: socket.socket, path: str, history: int = HISTORY, job: dict[str, 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, whose end we see anyway.
     gc.disable()  # Rows hold no cycles, and looking for some costs 0.15 µs a row.
     paths = [path] if job is None else [path, job["path"]]
-    gcs = _insist(partial(Gcs, path, history, job), sock, 0, paths)
     try:
-        serve(sock, gcs, paths)
-    finally:
-        gcs.database.close()
+        gcs = _insist(partial(Gcs, path, history, job), sock, 0, paths)
+        with contextlib.closing(gcs.database):
+            serve(sock, gcs, paths)
+    except sqlite3.OperationalError as error:
+        if str(error) not in _TRANSIENT:
+            raise
+        # The driver is gone: nobody is left to wait, or to make room.
+        left = f"{error}{_where(paths)}. What was committed before is there, some of it in its -wal file."
+        print(f"minray: the GCS ends without having written everything: {left}", file=sys.stderr)
+        sys.exit(1)

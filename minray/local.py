@@ -29,6 +29,7 @@ from typing import Any
 from minray import __version__, api, clock, ids, machine, object_ref
 from minray.core_worker import CoreWorker, TaskContext
 from minray.driver import Driver
+from minray.interrupts import unguard_handlers
 from minray.messages import (
     DRIVER, Event, ObjectPut, ObjectsAwaited, ReferencesChanged, TasksFinished, TasksSubmitted, event_from_wire,
 )  # fmt: skip
@@ -36,8 +37,8 @@ from minray.object_ref import ObjectRef
 from minray.object_store import Allocator, Arena
 from minray.policy import Policy
 from minray.reference_counter import References
-from minray.stage import Candidate, Killed, Stage, StageLoop, Strand
-from minray.task_spec import ACTOR_METHOD, TaskOptions, TaskSpec
+from minray.stage import Candidate, Killed, Stage, StageLoop, Strand, Until
+from minray.task_spec import ACTOR_EXITED, ACTOR_METHOD, TaskOptions, TaskSpec
 from minray.worker import Worker
 
 
@@ -71,6 +72,11 @@ def _check_options(options: TaskOptions) -> None:
             f"{options.name}: checkpoints protect an actor from the death of its process, and in local mode it has "
             "none. Use a session of processes for this test: minray.init() without local_mode."
         )
+    if options.is_async:
+        raise NotImplementedError(
+            f"{options.name}: asyncio actors have an event loop of their own, which local mode cannot schedule yet. "
+            "Use a session of processes for this test, or plain methods with max_concurrency=..., which are threads here."
+        )
 
 
 class LocalWorker(Worker):
@@ -81,6 +87,8 @@ class LocalWorker(Worker):
         self.since = 0  # when it got something to do
         self.dead = False
         self.strands: dict[Strand, bytes] = {}  # that run its tasks
+        self._group_of: dict[bytes, str] = {}  # by task that runs: its concurrency group
+        self.limits: dict[str, int] | None = None  # of an actor with threads: how many calls of each group may run
         super().__init__(None, config, number)  # type: ignore[arg-type]
 
     def _open_channel(self, sock: Any, config: dict[str, Any], number: int) -> None:
@@ -93,6 +101,7 @@ class LocalWorker(Worker):
 
     def _settle_in(self) -> None:
         self.surroundings = _Surroundings()  # type: ignore[assignment]
+        self.interrupts_change = self.stage.interrupts_change
 
     # ------------------------------------------------------------ the node's words
 
@@ -100,24 +109,36 @@ class LocalWorker(Worker):
         """Whether a strand of its could begin something now."""
         if self.dead:
             return False
-        if not self.queue:
-            return self._exiting and not self.strands
-        limit = 1
-        if self._threads is not None and self.actor_options is not None:
-            limit = self.actor_options.max_concurrency
-        return len(self.strands) < limit
+        return bool(self.startable()) if self.queue else self._exiting and not self.strands
 
     def startable(self) -> list[int]:
-        """Which tasks of the queue may be next: of an actor the first of each caller, as their order among each other
-        is nobody's promise."""
-        if self.actor_id is None or len(self.queue) < 2:
+        """Where in the queue the tasks stand of which any may be next: of an actor the first of each caller, as their
+        order among each other is nobody's promise, if their group has room.  The end of an actor is a step, too."""
+        if not self.queue:
+            return [0]
+        if self.limits is None and self.strands:
+            return []
+        if self.actor_id is None or (self.limits is None and len(self.queue) < 2):
             return [0]
         record = self.stage.node.scheduler.workers.get(self.client)
+        room = dict(self.limits or {})
+        for task_id in self.strands.values():
+            group = self._group_of.get(task_id)
+            if group in room:
+                room[group] -= 1
         firsts: dict[Any, int] = {}
-        for position, (task_id, *_) in enumerate(self.queue):
-            task = record.in_flight.get(task_id) if record is not None else None
-            firsts.setdefault(getattr(task, "caller", None), position)
+        for position, (task_id, template_no, *_) in enumerate(self.queue):
+            group = self._templates_known[template_no].concurrency_group
+            if room.get(group, 1) > 0:
+                task = record.in_flight.get(task_id) if record is not None else None
+                firsts.setdefault((getattr(task, "caller", None), group), position)
         return list(firsts.values())
+
+    def _construct(self, cls: Any, options: TaskOptions, args: Any, kwargs: Any) -> None:
+        super()._construct(cls, options, args, kwargs)
+        if options.concurrency > 1:
+            self._concurrent = None  # The stage has the threads.
+            self.limits = {"": options.max_concurrency, **dict(options.concurrency_groups)}
 
     def _on_RunTasks(self, tasks: list[tuple[Any, ...]]) -> None:
         if self.dead:
@@ -155,12 +176,16 @@ class LocalWorker(Worker):
         task = self.queue[position]
         del self.queue[position]
         task_id = self.strands[strand] = task[0]
-        threaded = self._threads is not None and self._templates_known[task[1]].kind == ACTOR_METHOD
+        options = self._templates_known[task[1]]
+        threaded = self.limits is not None and options.kind == ACTOR_METHOD
+        self._group_of[task_id] = options.concurrency_group
         ident = threading.get_ident()
         try:
             if threaded:
                 context = self._contexts[ident] = TaskContext(task_id, None)
                 self._execute(task, context)
+                if self._results and self._results[-1][1] == ACTOR_EXITED:  # What else has begun may finish first.
+                    self.stage.wait(Until(lambda: len(self.strands) == 1), None)
             else:
                 self._black_box[:] = task_id
                 self._run_one(task, self._context)
@@ -170,6 +195,7 @@ class LocalWorker(Worker):
             pass
         finally:
             self._contexts.pop(ident, None)
+            self._group_of.pop(task_id, None)
             del self.strands[strand]
             if self.dead and not self.strands:
                 self.stage.worker_ended(self, "was killed")
@@ -227,12 +253,15 @@ class LocalWorker(Worker):
         messages, self._out = self._out, []
         for message in messages:
             self.send(event_from_wire(self.client, message))
+        if self._results:
+            self.send(self.take_results())
+
+    def take_results(self) -> TasksFinished:
         results = [self._results.popleft() for _ in range(len(self._results))]
-        if results:
-            if self.stage.journal is not None:
-                for task_id, status, payload, _, _ in results:
-                    self.stage.journal.ends(task_id, status, payload)
-            self.send(TasksFinished(self.client, results))
+        if self.stage.journal is not None:
+            for task_id, status, payload, _, _ in results:
+                self.stage.journal.ends(task_id, status, payload)
+        return TasksFinished(self.client, results)
 
     def _await(self, refs: Sequence[bytes], num_ready: int, fetch: bool, deadline: float | None) -> Any:
         object_ids = [bytes(ref) for ref in refs]
@@ -277,7 +306,6 @@ class LocalDriver(Driver):
     ) -> None:
         CoreWorker.__init__(self)
         self.references = References()
-        self._guard = self._unguarded = None
         self._main_thread = threading.main_thread().ident
         self._guard_interrupts()
         self.namespace = namespace
@@ -292,6 +320,7 @@ class LocalDriver(Driver):
             self, LocalWorker, LocalArena(store_bytes), resources, policy or LocalPolicy(), choose, virtual
         )
         self.raylet = stage  # type: ignore[assignment]
+        self.interrupts_change = stage.interrupts_change
         self.node, self.arena, self.loop = stage.node, stage.arena, StageLoop(stage)
         self.unpinned = _Unpins(stage.unpinned, DRIVER)  # type: ignore[assignment]
         object_ref.connect(stage.core_of_this_thread, self.references.born, self.references.dropped)
@@ -352,7 +381,7 @@ class LocalDriver(Driver):
         self.stage.close()
         self._let_go()
         self.arena.close()
-        self._unguard_interrupts()
+        unguard_handlers()
 
 
 class _NoSession:

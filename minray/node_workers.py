@@ -74,7 +74,7 @@ class NodeWorkers(NodeActors):
     def _attempt_lost(self, task: Task, worker: WorkerRecord, reason: str, now: float) -> None:
         options, short = task.template.options, ids.short(task.spec.task_id)
         if task.cancelled:
-            self._fail_cancelled(task)
+            self._fail_cancelled(task, "TaskCancelledByForceError")
         elif task.retries_left:
             task.retries_left -= task.retries_left > 0
             self._retried(task, f"ended when worker {worker.client} (pid {worker.pid}) {reason}")

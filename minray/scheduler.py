@@ -216,6 +216,17 @@ class Scheduler:
                 self._start_workers(shape.waiting)
                 return
             self._run(self._lease(shape), shape.take(1), now)
+        if not self.idle and not self.starting:
+            self._start_for_prefetched()
+
+    def _start_for_prefetched(self) -> None:
+        """An actor has taken a worker for good that others counted on: tasks that were handed to a busy one meanwhile
+        would wait behind a long task, with their resources free and nobody to take them back."""
+        for worker in self.workers.values():
+            if len(worker.in_flight) > 1 and worker.shape is not None and worker.actor is None:
+                if self._fits(worker.shape):
+                    self.start_worker()
+                    return
 
     def _serve(self, shape: Shape, now: float) -> None:
         waiting = shape.waiting

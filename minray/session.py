@@ -179,17 +179,19 @@ def sweep(root: str | None = None) -> list[str]:
     return swept
 
 
-def find(text: str | None = None, root: str | None = None) -> str | None:
+def find(text: str | None = None, root: str | None = None, with_file: str = "") -> str | None:
     """The path of the newest live session, else of the newest finished one, or None.
 
     With ``text``: of those whose name contains it, or the directory itself whose path it is.
+    With ``with_file``: of those that have this file; one that is just starting has little.
     """
     if text and os.path.isfile(os.path.join(text, "session.json")):
         return os.path.abspath(text)
     root = os.path.abspath(root or default_root())
     for kind in (LIVE, FINISHED):
         for path in _newest_first(os.path.join(root, kind)):
-            if not text or text in os.path.basename(path):
+            named = not text or text in os.path.basename(path)
+            if named and os.path.exists(os.path.join(path, with_file)):
                 return path
     return None
 

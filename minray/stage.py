@@ -170,6 +170,7 @@ class Stage:
         self._make_worker = make_worker
         self.references = driver.references
         self.lock = threading.RLock()  # the node's tables, which threads of the program's own may come to at any time
+        self.interrupts_change: Callable[[], bool] = self.lock._is_owned  # type: ignore[attr-defined]
         self.submitted: tuple[()] = ()  # nothing waits to be handed to the node, unlike in a raylet
         self.unpinned: deque[tuple[int, bytes]] = deque()
         self.arena = arena
@@ -263,17 +264,16 @@ class Stage:
             while True:
                 if references.born:
                     self._do(node.handle(ReferencesChanged(DRIVER, references.count_born(), []), self._time()))
-                if self._events:
-                    event = self._events.popleft()
-                    self._do(node.handle(event, self._time()))
-                    self._rows_waiting += 1
-                elif self.unpinned:  # What was dropped comes after what was said with it.
+                if self.unpinned:
                     client, object_id = self.unpinned.popleft()
                     if client == DRIVER or client in node.scheduler.workers:
                         self._do(node.handle(Unpinned(client, [object_id]), self._time()))
-                elif references.dropped:
+                elif references.dropped and not self._events and not self._take_results():
                     released = references.count_dropped(len(references.dropped))
                     self._do(node.handle(ReferencesChanged(DRIVER, [], released), self._time()))
+                elif self._events:
+                    self._do(node.handle(self._events.popleft(), self._time()))
+                    self._rows_waiting += 1
                 else:
                     break
         except Exception as error:
@@ -285,6 +285,13 @@ class Stage:
             self.arena.prune(node.lineage.arena)
         if self._rows_waiting > ROWS_AT_ONCE:
             self._write_rows()
+
+    def _take_results(self) -> bool:
+        """Results that a strand is about to report come first: they may hold what its task has let go of."""
+        for worker in self.workers.values():
+            if worker._results and not worker.dead:
+                self._events.append(worker.take_results())
+        return bool(self._events)
 
     def _time(self) -> float:
         return clock.EPOCH + self.now()
@@ -422,7 +429,7 @@ class Stage:
             strand = self.this_strand()
             strand.patient = True
             try:
-                self._park(strand, _FutureDone(future), None)
+                self._park(strand, Until(future.done), None)
             finally:
                 strand.patient = False
             if not (future.done() or self.virtual):
@@ -437,7 +444,7 @@ class Stage:
         while True:
             future = self._futures[0]
             try:
-                self._park(self.this_strand(), _FutureDone(future), None)
+                self._park(self.this_strand(), Until(future.done), None)
             except Deadlock as error:
                 with suppress(InvalidStateError):
                     future.set_exception(error)
@@ -569,10 +576,7 @@ class Stage:
         ]
         for worker in self.workers.values():
             if worker.has_work():
-                if self.choose is None:
-                    found.append((worker.since, None, worker, 0))
-                else:
-                    found += [(worker.since, None, worker, position) for position in worker.startable()]
+                found += [(worker.since, None, worker, position) for position in worker.startable()]
         return found
 
     def _next(self) -> Strand:
@@ -591,7 +595,7 @@ class Stage:
                         "it does end, allow more: max_steps=..."
                     )
                     return self.main
-                at = found.index(min(found)) if self.choose is None else self.choose(found)
+                at = self._longest_ready(found) if self.choose is None else self.choose(found)
                 _, strand, worker, position = found[at]
                 return strand if strand is not None else self._on_stage(worker, position)  # type: ignore[arg-type]
             patient = next((strand for strand in self.parked if strand.patient), None)
@@ -601,6 +605,10 @@ class Stage:
                 stuck = self.main if self.main in self.parked else next(s for s in self.parked if s.is_driver)
                 stuck.thrown = Deadlock(self.report())
                 return stuck
+
+    @staticmethod
+    def _longest_ready(found: list[Candidate]) -> int:
+        return min(range(len(found)), key=lambda at: found[at][0])
 
     def _next_deadline(self) -> float | None:
         return min((s.deadline for s in self.parked if s.deadline is not None), default=None)
@@ -798,18 +806,18 @@ class Stage:
             atexit.unregister(shutil.rmtree)
 
 
-class _FutureDone(Waiter):
-    """Done when a future is."""
+class Until(Waiter):
+    """Done when something holds."""
 
-    __slots__ = ("_of",)
+    __slots__ = ("_holds",)
 
-    def __init__(self, future: Future[Any]) -> None:
-        self._of = future
+    def __init__(self, holds: Callable[[], bool]) -> None:
+        self._holds = holds
         super().__init__()
 
     @property
     def done(self) -> bool:
-        return self._of.done()
+        return self._holds()
 
     @done.setter
     def done(self, value: bool) -> None: ...

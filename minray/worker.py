@@ -25,27 +25,29 @@ import select
 import signal
 import socket
 import sys
+import termios
 import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import compress, count, islice
 from time import monotonic
-from types import FrameType
+from types import CoroutineType, FrameType
 from typing import Any
 
 from minray import api, ids, object_ref
 from minray.clock import EPOCH
 from minray.channel import RECEIVE_BYTES, FrameReader, frame
 from minray.checkpoint import Checkpoints
+from minray.concurrent_calls import ConcurrentCalls, ThreadedCalls
 from minray.core_worker import CoreWorker, Resolved, TaskContext, ValueLost, unpickle_classes
 from minray.exceptions import (
     ActorDiedError, CheckpointError, GetTimeoutError, ObjectStoreFullError, make_argument_error, make_task_error,
 )  # fmt: skip
+from minray.generator import Producer
 from minray.interrupts import interrupt, raise_deferred, uninterruptible
-from minray.loop import SPIN_S, WORTH_SPINNING_S, Loop, Waiter
+from minray.loop import HOLD_S, SPIN_S, WORTH_SPINNING_S, Loop, Waiter
 from minray.messages import ArgumentLost, CheckpointFailed, Event, ObjectsAwaited
 from minray.object_ref import ObjectRef
 from minray.object_store import Arena
@@ -53,11 +55,10 @@ from minray.output_labels import LabelledFile
 from minray.serialization import INLINE_LIMIT, deserialize, serialize, to_bytes
 from minray.surroundings import OWN_FDS_FROM, Surroundings
 from minray.task_spec import (
-    ACTOR_CREATION, ACTOR_EXITED, ACTOR_METHOD, CANCELLED, ERROR, OK, RETRYABLE_ERROR, TASK, TaskOptions, TaskSpec,
+    ACTOR_CREATION, ACTOR_EXITED, ACTOR_METHOD, CANCELLED, ERROR, OK, RETRYABLE_ERROR, STREAMING, TASK, TaskOptions,
+    TaskSpec,
 )  # fmt: skip
 
-HOLD_S = 0.001
-"""A result waits at most this long for company."""
 BLACK_BOX_SLOTS = 4096
 BLACK_BOX_BYTES = 17 * BLACK_BOX_SLOTS
 """The start of the arena: for each worker the ID of the task that it executes, so that when it dies, or holds the GIL
@@ -105,7 +106,9 @@ class Worker(CoreWorker):
         self._results: deque[tuple[bytes, int, Any, float, float]] = deque()
         self._specs: list[tuple[Any, ...]] = []  # submitted, not yet in a message
         self._specs_parent = b""
-        self._out_lock = threading.RLock()
+        self._within: deque[tuple[Any, ...]] = deque()  # messages of code that interrupted the holder of the lock
+        self._out_lock = threading.RLock()  # never taken again by its holder: it only knows who that is
+        self.interrupts_change = self._out_lock._is_owned  # type: ignore[attr-defined]
         self._sent_s = 0.0
         self._templates_known: dict[int, TaskOptions] = {}
         self._pickled: dict[bytes, bytes] = {}
@@ -120,7 +123,8 @@ class Worker(CoreWorker):
         self.actor: Any = None
         self.actor_id: bytes | None = None
         self.actor_options: TaskOptions | None = None
-        self._threads: ThreadPoolExecutor | None = None
+        self._concurrent: ConcurrentCalls | None = None  # runs an actor's calls beside each other
+        self._serve: Callable[[], None] | None = None  # what the main thread does instead, once an actor is there
         self._exiting = False
         self._over = False  # The actor has ended itself: nothing more is run.
         self._forked = False
@@ -170,7 +174,7 @@ class Worker(CoreWorker):
                 self._in_hand = queue[0]  # Never in neither place: see _on_Forget.
                 task = queue.popleft()
             except IndexError:
-                if self._exiting:
+                if self._exiting or self._serve is not None:
                     break
                 self.flush()
                 self._work.done = False
@@ -180,8 +184,11 @@ class Worker(CoreWorker):
                         self.loop.wait(self._work)
                 self._idle = False
                 continue
-            if self._threads is not None and self._templates_known[task[1]].kind == ACTOR_METHOD:
-                self._threads.submit(self._execute_in_thread, task)
+            if self._concurrent is not None:  # The actor is there, and all that comes is a call of it.
+                if self._serve is not None:
+                    queue.appendleft(task)
+                    break
+                self._concurrent.take(task)
             else:
                 # First the ID, then the look: the node sets the mark first, and then looks for the ID.
                 self._black_box[:] = task[0]
@@ -197,8 +204,11 @@ class Worker(CoreWorker):
                     self.flush()
                 else:
                     object_ref.rouse()  # Should the caretaker be in the poll already, it sends this in a moment.
-        if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
+        self.flush()
+        if self._serve is not None and not self._over:
+            self._serve()
+        if self._concurrent is not None:
+            self._concurrent.close()
         self.flush()
         self._end_actor()
 
@@ -220,16 +230,11 @@ class Worker(CoreWorker):
         last_word = getattr(self.actor, "__ray_shutdown__", None)
         if last_word is not None:
             try:
-                last_word()
+                said = last_word()
+                if type(said) is CoroutineType and self._concurrent is not None:
+                    self._concurrent.complete(said)
             except BaseException:
                 traceback.print_exc()
-
-    def _execute_in_thread(self, task: tuple[Any, ...]) -> None:
-        if self._over:
-            return
-        context = self._contexts[threading.get_ident()] = TaskContext(task[0], None)
-        self._execute(task, context)
-        self.flush()
 
     def _execute(self, task: tuple[Any, ...], context: TaskContext) -> None:
         task_id, template_no, args, values, _ = task
@@ -312,10 +317,16 @@ class Worker(CoreWorker):
             self._checkpoints = Checkpoints(cls, options)
             self._run_one = self._execute_and_save
             self.actor = self._restored(lambda: cls(*args, **kwargs))
+        elif options.is_async:
+            from minray.async_actor import AsyncCalls
+
+            calls = self._concurrent = AsyncCalls(self, options)
+            self._serve = calls.serve
+            self.actor = calls.construct(cls, args, kwargs)
         else:
             self.actor = cls(*args, **kwargs)
-        if options.max_concurrency > 1:
-            self._threads = ThreadPoolExecutor(options.max_concurrency, thread_name_prefix="minray-actor")
+            if options.concurrency > 1:
+                self._concurrent = ThreadedCalls(self, options)
 
     # ------------------------------------------------------------ exact recovery
 
@@ -364,7 +375,7 @@ class Worker(CoreWorker):
             if results:
                 self._out.append(("TasksFinished", results))
             self._out.append(("CheckpointTaken", object_id, value, not checkpoints.own_way))
-            self._flush()
+        self._flush()
 
     def ask(self, make: Callable[[int], Event]) -> Any:
         """While its state is saved an actor may come to its end, and then the node answers no more."""
@@ -425,6 +436,8 @@ class Worker(CoreWorker):
         return [self.store(ids.return_id(task_id, i), part) for i, part in enumerate(serialized_parts)]
 
     def _parts(self, options: TaskOptions, value: Any) -> list[Any]:
+        if options.streaming:
+            return self._stream(options, value)
         count = options.num_returns
         if not hasattr(value, "__iter__"):
             raise ValueError(
@@ -435,14 +448,57 @@ class Worker(CoreWorker):
             raise ValueError(f"{options.name}() has num_returns={count} and returned {len(parts)} values.")
         return parts
 
+    def _stream(self, options: TaskOptions, generator: Any) -> list[Any]:
+        """Run a generator to its end, and send what it yields on the way; its two returns (see node_streams.py)."""
+        producer = self._producer(self.context().task_id, options, generator)
+        if options.streaming == STREAMING:
+            return [producer.run(generator), None]
+        try:
+            producer.run(generator)
+        except Exception as error:
+            self._put_error(producer, options, error)
+        return [producer.result(), None]
+
+    async def _stream_beside_others(self, task_id: bytes, options: TaskOptions, generator: Any) -> list[Any]:
+        """The same, in an actor whose calls share an event loop."""
+        if type(generator) is CoroutineType:
+            generator = await generator
+        producer = self._producer(task_id, options, generator)
+        if options.streaming == STREAMING:
+            return [await producer.run_beside_others(generator), None]
+        try:
+            await producer.run_beside_others(generator)
+        except Exception as error:
+            self._put_error(producer, options, error)
+        return [producer.result(), None]
+
+    def _producer(self, task_id: bytes, options: TaskOptions, generator: Any) -> Producer:
+        if not hasattr(generator, "__next__") and not hasattr(generator, "__anext__"):
+            kind = "streaming" if options.streaming == STREAMING else "dynamic"
+            raise ValueError(
+                f'{options.name}() has num_returns="{kind}" and returned one {type(generator).__name__}, not a '
+                "generator. Let it yield its values, or leave num_returns out."
+            )
+        return Producer(self, task_id, options)
+
+    def _put_error(self, producer: Producer, options: TaskOptions, error: Exception) -> None:
+        """A "dynamic" generator has raised: a last item, unless it is to run again."""
+        status, payload = self._failure(error, options, producer.task_id)
+        if status != ERROR:
+            raise error
+        producer.put_error(payload[0])
+
     def _failure(self, error: BaseException, options: TaskOptions, task_id: bytes) -> tuple[int, Any]:
         """The status and payload of a task that raised."""
         if isinstance(error, KeyboardInterrupt) and task_id in self._cancelled:
             self._cancelled.discard(task_id)
             return CANCELLED, (b"", "cancelled")
         if isinstance(error, ActorExit):
-            self._exiting = self._over = True
-            self.queue.clear()
+            if self._concurrent is None or options.kind != ACTOR_METHOD:
+                self._exiting = self._over = True
+                self.queue.clear()
+            elif isinstance(self._concurrent, ThreadedCalls):
+                self._concurrent.leave(options.method != "__ray_terminate__")
             return ACTOR_EXITED, (b"", str(error))
         wrapped: BaseException
         if isinstance(error, _ArgumentFailed):
@@ -489,9 +545,13 @@ class Worker(CoreWorker):
         return self._contexts.get(threading.get_ident(), self._context) if self._contexts else self._context
 
     def send(self, event: Event) -> None:
+        message = (type(event).__name__, *event[1:])
+        if self.interrupts_change():
+            self._within.append(message)
+            return
         with self._out_lock:
             self._collect_specs()
-            self._out.append((type(event).__name__, *event[1:]))
+            self._out.append(message)
 
     def send_now(self, event: Event) -> None:
         self.send(event)
@@ -499,8 +559,13 @@ class Worker(CoreWorker):
 
     def submit_spec(self, spec: TaskSpec, num_returns: int) -> None:
         parent = self.context().task_id
+        if self.interrupts_change():  # A finalizer, which the garbage collector calls anywhere, or a signal handler.
+            for index in range(num_returns):
+                self.references.adopt(ids.return_id(spec.task_id, index))
+            self._within.append(("TasksSubmitted", parent, [spec.to_wire()]))
+            return
         with self._out_lock:
-            if parent != self._specs_parent:
+            if parent != self._specs_parent or self._within:
                 self._collect_specs()
                 self._specs_parent = parent
             self._specs.append(spec.to_wire())
@@ -511,10 +576,35 @@ class Worker(CoreWorker):
         else:
             object_ref.rouse()  # Should this task compute now, the caretaker sends the rest.
 
+    def send_item(self, task_id: bytes, item: int, value: Any, failed: bool) -> None:
+        """What a generator has yielded leaves at once, unless the node has not even read the last frame: then nobody
+        waits for it, and it goes with what follows, or in a moment."""
+        self._note_item(task_id, item, value, failed)
+        if monotonic() - self._sent_s < HOLD_S and self._num_unread():
+            object_ref.rouse()  # Should the generator compute now, the caretaker sends it.
+        else:
+            self.flush()
+
+    @uninterruptible
+    def _note_item(self, task_id: bytes, item: int, value: Any, failed: bool) -> None:
+        with self._out_lock:
+            self._collect_specs()
+            last = self._out[-1] if self._out else None
+            if last is not None and last[0] == "ItemsYielded" and last[1] == task_id and not failed:
+                last[3].append(value)
+            else:
+                self._out.append(("ItemsYielded", task_id, item, [value], failed))
+
+    def _num_unread(self) -> int:
+        """Bytes of what was sent that the node has not read (and some more: the kernel counts its own)."""
+        return int.from_bytes(fcntl.ioctl(self.sock, termios.TIOCOUTQ, b"\0\0\0\0"), sys.byteorder)
+
     def _collect_specs(self) -> None:
         if self._specs:
             self._out.append(("TasksSubmitted", self._specs_parent, self._specs))
             self._specs = []
+        while self._within:
+            self._out.append(self._within.popleft())
 
     def flush(self) -> None:
         """Send everything there is, in an order in which nothing is freed that is still needed."""
@@ -523,6 +613,13 @@ class Worker(CoreWorker):
 
     @uninterruptible
     def _flush(self) -> None:
+        if self.interrupts_change():
+            return  # Whoever is interrupted sends it, here or with its own.
+        self._send_out()
+        while self._within:
+            self._send_out()
+
+    def _send_out(self) -> None:
         with self._out_lock:
             references = self.references
             # Counted first: what is done while we collect the rest goes with the next frame.
@@ -560,7 +657,7 @@ class Worker(CoreWorker):
             os.write(self._wake_w, b"w")
 
     def _poll(self, timeout: float | None, caretaking: bool) -> None:
-        caretaking = caretaking or self._threads is not None  # Then others run the tasks, and this thread can.
+        caretaking = caretaking or self._concurrent is not None  # Then others run the tasks, and this thread can.
         if caretaking and self._roused:
             self._roused = False  # More may follow: a burst goes in large frames.
             timeout = HOLD_S if timeout is None else min(timeout, HOLD_S)
@@ -652,7 +749,7 @@ class Worker(CoreWorker):
     def _give_back(self, task_ids: list[bytes]) -> None:
         with self._out_lock:
             self._out.append(("TasksReturned", task_ids, self._forgets))
-            self._flush()
+        self._flush()
 
     def _on_Forget(self, task_ids: list[bytes]) -> None:
         forgotten = set(task_ids)
@@ -676,7 +773,12 @@ class Worker(CoreWorker):
                     self.queue.remove(task)
                     self._give_back([task_id])  # Not as a result: it may have been given to others, see TasksReturned.
                     return
+        if self._concurrent is not None and self._concurrent.drop(task_id):
+            self._give_back([task_id])
+            return
         self._cancelled.add(task_id)
+        if self._concurrent is not None:
+            self._concurrent.interrupt(task_id)
         if self._executing == task_id and self.actor is None:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
@@ -714,15 +816,19 @@ class Worker(CoreWorker):
 
     def _await(self, refs: Sequence[bytes], num_ready: int, fetch: bool, deadline: float | None) -> Any:
         object_ids = [bytes(ref) for ref in refs]
+        return self.stand_still(
+            lambda rid, blocks: ObjectsAwaited(self.client, rid, object_ids, num_ready, fetch, blocks), deadline
+        )
+
+    def stand_still(self, make: Callable[[int, bool], Event], deadline: float | None = None) -> Any:
+        """The answer to an event that a task waits for; others may use its CPU, and have the tasks behind it."""
         in_main = threading.current_thread() is threading.main_thread()
-        blocks = in_main or self._threads is not None
+        blocks = in_main or self._concurrent is not None
         self._blocked += in_main  # Before the look at the queue: see _on_RunTasks.
         try:
             if in_main and self.actor is None and self.queue:
                 self._on_TakeBack(len(self.queue))  # This may take long: let others have them.
-            return self.request(
-                lambda rid: ObjectsAwaited(self.client, rid, object_ids, num_ready, fetch, blocks), deadline
-            )
+            return self.request(lambda rid: make(rid, blocks), deadline)
         finally:
             self._blocked -= in_main
 

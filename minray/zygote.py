@@ -61,6 +61,7 @@ class ZygoteClient:
         self._start()
 
     def _start(self) -> None:
+        _fill_standard_descriptors()
         self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         path, fd = _search_path(), theirs.fileno()
@@ -161,6 +162,17 @@ class ZygoteClient:
         """In a process that the driver has forked: the zygote is the driver's alone."""
         self.sock.close()
         self._process.returncode = 0  # Not a child of this process, which must not wait for it.
+
+
+def _fill_standard_descriptors() -> None:
+    """In a driver that was started without some of them (a daemon), our sockets must not get the numbers 0 to 2:
+    what its children print would go there.  They stay: closed later, they could be somebody else's by then."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # The lowest number that is free.
+            os.set_inheritable(fd, True)
 
 
 def _search_path() -> list[str]:
@@ -338,6 +350,8 @@ class Zygote:
                 from minray import worker
 
                 worker.main(sock, self.config, number=message[1], path=message[2], directory=message[3])
+        except SystemExit:
+            raise  # It has said why.
         except BaseException:
             sys.excepthook(*sys.exc_info())
             raise

@@ -379,7 +379,7 @@ def total(array: Any) -> int:
 def spill(refs: list[Any]) -> list[str]:
     """Fill the store until the objects lie on disk; their files."""
     directory = os.path.join(minray.api.core().session.path, "spill")  # type: ignore[attr-defined]
-    minray.wait(refs, num_returns=len(refs), timeout=30)
+    minray.wait(refs, num_returns=len(refs), timeout=60)
     held = []
     while True:
         names = {name.partition("-")[0]: name for name in os.listdir(directory)}
@@ -415,17 +415,17 @@ def test_a_spilled_object_whose_file_is_bad_is_made_again_for_every_reader(fault
         for path in spill([first, second]):
             fault(path)
         if reader == "driver":
-            assert int(minray.get(second, timeout=30).sum()) == 200_000
+            assert int(minray.get(second, timeout=60).sum()) == 200_000
         elif reader == "task":
-            assert minray.get(total.remote(second), timeout=30) == 200_000
+            assert minray.get(total.remote(second), timeout=60) == 200_000
         elif reader == "worker":
-            assert minray.get(get_inside.remote([second]), timeout=30) == 200_000
+            assert minray.get(get_inside.remote([second]), timeout=60) == 200_000
         elif reader == "actor":
             actor = Reader.remote()
-            assert minray.get(actor.total.remote(second), timeout=30) == 200_000
+            assert minray.get(actor.total.remote(second), timeout=60) == 200_000
             del actor
         else:
-            assert int(second.future().result(timeout=30).sum()) == 200_000
+            assert int(second.future().result(timeout=60).sum()) == 200_000
         assert Path(note).read_text().split("\n")[:-1] == ["array 1", "doubled", "array 1", "doubled"]
 
 
@@ -435,7 +435,7 @@ def test_a_put_object_whose_file_is_gone_is_an_error_that_says_so() -> None:
         (path,) = spill([ref])
         os.unlink(path)
         with pytest.raises(ObjectLostError, match=r"put\(\) leaves no task to replay") as error:
-            minray.get(ref, timeout=30)
+            minray.get(ref, timeout=60)
         history = story.tell(story.story(str(error.value).split()[-1]))
         assert "cannot be made again: put() leaves no task to replay" in "\n".join(history)
 
@@ -447,7 +447,7 @@ def test_a_task_that_must_not_run_twice_is_not_replayed(tmp_path: Path) -> None:
         (path,) = spill([ref])
         os.unlink(path)
         with pytest.raises(ObjectReconstructionFailedError, match="max_retries=0"):
-            minray.get(ref, timeout=30)
+            minray.get(ref, timeout=60)
     assert Path(note).read_text() == "array 1\n"
 
 
@@ -477,5 +477,5 @@ def test_a_parent_that_does_something_else_the_second_time_fails(tmp_path: Path)
     with minray.init(num_cpus=2):
         keeper = Keeper.remote()
         with pytest.raises(ReplayDivergedError, match="did something else when it was run again"):
-            minray.get(parent.remote(keeper), timeout=30)
+            minray.get(parent.remote(keeper), timeout=60)
         del keeper

@@ -17,7 +17,8 @@ writes the new conversations, and a reviewer reads the difference.  The notation
 
 and all else is prose.  ``A=f(B, [C], 7)`` names a task: B is an argument that it waits for, C a ref inside
 one.  ``"42"`` is a value that travels in messages, ``400KB@0`` one that lies at 0 in the arena, or in that file.
-``A.1`` is a second return, ``K.c1`` a checkpoint, ``#7`` a request.  What keeps an object is counted: refs to it, views
+``A.1`` is a second return, ``K.c1`` a checkpoint, ``#7`` a request.  Of a generator (``streaming=1``) ``A.1`` is
+its reader, ``A.2`` its item 0.  What keeps an object is counted: refs to it, views
 into its memory, and tasks whose replay would need it.
 
 Left out, for it follows from the rest, and is compared with that: what a function's pickle and its options are; pids
@@ -56,7 +57,10 @@ BETWEEN = "<!-- transcript:begin -->\n", "<!-- transcript:end -->\n"
 ROOT = ids.root_task_id(b"transcript")
 NONE = pickle.dumps(None, 5)
 SIZES = {"KB": 1 << 10, "MB": 1 << 20, "B": 1, "": 1}
-OF_TASKS = ("num_returns", "max_retries", "max_concurrency", "checkpoint_every", "checkpoint_interval_s")
+OF_TASKS = (
+    "num_returns", "max_retries", "max_concurrency", "checkpoint_every", "checkpoint_interval_s", "streaming",
+    "backpressure",
+)  # fmt: skip
 OF_ACTORS = ("name", "namespace", "max_restarts")
 INTRODUCTIONS = (messages.AssignResources, messages.DefineFunction, messages.DefineTemplate)
 
@@ -164,6 +168,8 @@ class World:
         for key, value in given.items():
             if key in OF_TASKS:
                 options = options._replace(**{key: type(getattr(options, key))(float(value))})
+                if key == "streaming":
+                    options = options._replace(num_returns=2)
             elif key in OF_ACTORS:
                 actor[key] = int(value) if key == "max_restarts" else value
             elif key == "detached":
@@ -255,6 +261,16 @@ class World:
             return cls(client, by, [self.spec(client, by, one) for one in parts])
         if kind == "TasksFinished":
             return cls(client, [self.result(one) for one in parts])
+        if kind == "ItemsYielded":
+            name, _, items = text.partition(": ")
+            first, values = int(items.partition("=")[0]), [self.value(one.partition("=")[2]) for one in split(items)]
+            return cls(client, self.id(name), first, values)
+        if kind == "ItemsRequested":
+            found = re.fullmatch(r"(\w+) from (\d+), up to (\d+)", text)
+            assert found, f"{text!r} is not: #1 A from 0, up to 100"
+            return cls(client, asked, self.id(found[1]), int(found[2]), int(found[3]))
+        if kind == "RoomAwaited":
+            return cls(client, asked, self.id(text), True)
         if kind == "TasksReturned":
             forgets = re.search(r"; after (\d+) Forget", text)
             return cls(client, self.all_ids(text.partition(";")[0]), int(forgets[1]) if forgets else 0)
@@ -330,6 +346,9 @@ class World:
         self.seen.add(type(event))
         self.count_driver_refs(event)
         commands = self.node.handle(event, self.now)
+        if isinstance(event, messages.ItemsRequested) and event.client == DRIVER:
+            taken = self.node.lineage.tasks[event.task_id].stream.num_taken
+            self.driver_holds.update(ids.item_id(event.task_id, item) for item in range(event.position, taken))
         self.node.check(+self.driver_holds)
         self.seen.update(map(type, commands))
         self.started = max([self.started, *(c.client for c in commands if isinstance(c, messages.StartWorker))])
@@ -467,6 +486,8 @@ class World:
                 return f"file {answer[1]}"
             victims = [f"{self.name(one)}{self.stored(data, size, False)} to {path}" for one, data, size, path in answer[1]]
             return f"spill {', '.join(victims)}"
+        if isinstance(answer, tuple) and type(answer[0]) is int:
+            return f"{counted(answer[0], 'item', 'items')}{', no more to come' if answer[1] else ''}"
         if isinstance(answer, tuple):
             return self.name(answer[0])
         if isinstance(answer, list) and answer and isinstance(answer[0], (tuple, type(None))):
