@@ -13,6 +13,7 @@ a death without ``finally``).  What is not done yet is refused in `_check_option
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import functools
 import os
@@ -75,7 +76,7 @@ def _check_options(options: TaskOptions) -> None:
     if options.is_async:
         raise NotImplementedError(
             f"{options.name}: asyncio actors have an event loop of their own, which local mode cannot schedule yet. "
-            "Use a session of processes for this test, or plain methods with max_concurrency=..., which are threads here."
+            "Use a session of processes for this test, or plain methods with max_concurrency=..., which are threads."
         )
 
 
@@ -184,8 +185,10 @@ class LocalWorker(Worker):
             if threaded:
                 context = self._contexts[ident] = TaskContext(task_id, None)
                 self._execute(task, context)
-                if self._results and self._results[-1][1] == ACTOR_EXITED:  # What else has begun may finish first.
+                if self._results and self._results[-1][1] == ACTOR_EXITED:
+                    last = self._results.pop()  # What else has begun may finish first.
                     self.stage.wait(Until(lambda: len(self.strands) == 1), None)
+                    self._results.append(last)
             else:
                 self._black_box[:] = task_id
                 self._run_one(task, self._context)
@@ -287,6 +290,9 @@ class LocalWorker(Worker):
         self.stage.let_others_finish(result)
         return result
 
+    def asyncio_future(self, ref: ObjectRef[Any]) -> asyncio.Future[Any]:
+        return asyncio.wrap_future(self.future(ref))
+
 
 class LocalDriver(Driver):
     """The driver of a session in this process: it waits at the stage, and there is nothing to end but strands."""
@@ -358,6 +364,9 @@ class LocalDriver(Driver):
         result = CoreWorker.future(self, ref)
         self.stage.let_others_finish(result)
         return result
+
+    def asyncio_future(self, ref: ObjectRef[Any]) -> asyncio.Future[Any]:
+        return asyncio.wrap_future(self.future(ref))
 
     def loop_once(self) -> None:
         self.stage.pass_on()

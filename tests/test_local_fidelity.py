@@ -470,6 +470,31 @@ def a_ref_in_a_result_keeps_its_object():
     return minray.get(refs)
 
 
+def generators_stream_their_items():
+    stream = minray.remote(num_returns="streaming")(lambda n: (i * i for i in range(n)))
+    return [minray.get(ref) for ref in stream.remote(4)]
+
+
+def groups_of_an_actor_s_threads_do_not_wait_for_each_other():
+    @minray.remote(concurrency_groups={"io": 1})
+    class Server:
+        def __init__(self):
+            self.told = False
+
+        def wait(self):
+            while not self.told:
+                time.sleep(0.01)
+            return "told"
+
+        @minray.method(concurrency_group="io")
+        def tell(self):
+            self.told = True
+
+    server = Server.remote()
+    refs = [server.wait.remote(), server.tell.remote()]
+    return minray.get(refs)
+
+
 def futures_and_awaiting():
     async def both():
         return await asyncio.gather(add.remote(1), add.remote(2))
@@ -502,7 +527,8 @@ PROGRAMS = [
     methods_with_several_results, calls_wait_for_their_arguments_in_order, handles_go_into_tasks_and_actors, an_actor_makes_an_actor,
     named_actors, a_named_actor_ends_with_its_last_handle, a_killed_actor, a_killed_actor_is_made_again, a_call_in_which_its_actor_dies,
     an_actor_that_leaves, an_actor_of_several_threads, as_many_calls_as_may_be_pending, objects_are_freed_with_their_last_ref,
-    a_ref_in_a_result_keeps_its_object, futures_and_awaiting, the_context,
+    a_ref_in_a_result_keeps_its_object, futures_and_awaiting, the_context, generators_stream_their_items,
+    groups_of_an_actor_s_threads_do_not_wait_for_each_other,
 ]  # fmt: skip
 
 

@@ -52,6 +52,11 @@ class Counter:
         return self.n
 
 
+class Asynchronous:
+    async def wait(self):
+        return 1
+
+
 @pytest.fixture
 def local():
     with minray.init(local_mode=True, num_cpus=2) as context:
@@ -299,6 +304,8 @@ def test_what_needs_processes_is_refused(local):
         minray.remote(checkpoint_every=5, max_restarts=1)(Counter._class).remote()
     with pytest.raises(RuntimeError, match=r"faults\(\) kills processes"):
         minray.testing.faults().__enter__()
+    with pytest.raises(NotImplementedError, match="asyncio actors have an event loop of their own"):
+        minray.remote(Asynchronous).remote()
     minray.shutdown()
     with pytest.raises(ValueError, match="keeps no job's results"):
         minray.init(local_mode=True, job="x")
@@ -350,4 +357,4 @@ def test_a_local_worker_says_and_does_nothing_more_of_its_own_than_it_must():
     from minray.local import LocalWorker
 
     own = {name for name in vars(LocalWorker) if name in vars(Worker)}
-    assert not own & {"_execute", "_arguments", "_returns", "_parts", "_failure", "_function", "_construct", "get_values"}
+    assert not own & {"_execute", "_arguments", "_returns", "_parts", "_failure", "_function", "get_values"}
