@@ -49,6 +49,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["minray", "minray.*"]),
+    py_modules=["minray_pytest"],
     package_data={"minray": ["py.typed", "schema.sql"]},
     python_requires=">=3.10",
     install_requires=[
@@ -59,7 +60,10 @@ setup(
         "tqdm>=4.64",
     ],
     extras_require={"examples": EXAMPLES, "test": TEST},
-    entry_points={"console_scripts": ["minray=minray.command:main"]},
+    entry_points={
+        "console_scripts": ["minray=minray.command:main"],
+        "pytest11": ["minray_pytest=minray_pytest"],  # one name, so that `-p minray_pytest` is the same plugin
+    },
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Developers",

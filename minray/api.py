@@ -37,9 +37,18 @@ def core() -> CoreWorker:
     return _core
 
 
+_core_of_this_process = core
+
+
 def set_core(new: CoreWorker | None) -> None:
     global _core
     _core = new
+
+
+def set_core_lookup(lookup: Callable[[], CoreWorker] | None) -> None:
+    """In local mode (local.py) each thread has its own part of the session; None: the process has one."""
+    global core
+    core = lookup or _core_of_this_process
 
 
 class Context(Mapping[str, Any]):
@@ -90,11 +99,8 @@ _ACCEPTED = {
 _OWN = (
     "address", "num_cpus", "num_gpus", "resources", "object_store_memory", "namespace", "log_to_driver",
     "ignore_reinit_error", "history", "policy", "job", "storage", "runtime_env",
-    "job_config", "labels", "_memory", "_temp_dir",
+    "job_config", "labels", "local_mode", "_memory", "_temp_dir",
 )  # fmt: skip
-_REFUSED = {
-    "local_mode": "local mode is not supported yet; a real session starts in milliseconds",
-}
 
 
 def init(
@@ -114,6 +120,7 @@ def init(
     runtime_env: Mapping[str, Any] | None = None,
     job_config: JobConfig | Mapping[str, Any] | None = None,
     labels: Mapping[str, str] | None = None,
+    local_mode: bool = False,
     **more: Any,
 ) -> Context:
     """Start a session: this process becomes its driver.
@@ -138,6 +145,7 @@ def init(
         job_config: a `minray.job_config.JobConfig`; options that are given here count more.
         _temp_dir: where this session's directory is made, instead of $MINRAY_HOME.
         labels: of this node, for label_selector= and NodeLabelSchedulingStrategy.
+        local_mode: everything in this process, one thing at a time: for unit tests and debuggers (see the guide).
         more: options of Ray that have nothing to act on here are accepted (include_dashboard, logging_level, …).
 
     Returns:
@@ -162,18 +170,21 @@ def init(
     _check_labels(labels)
     if job is None and storage is not None:
         raise ValueError("init(storage=...) keeps the results of a durable job, so it needs init(job=...): its name.")
+    if local_mode and job is not None:
+        raise ValueError("init(local_mode=True, job=...): a session in one process keeps no job's results.")
     given = {
         "num_cpus": num_cpus, "num_gpus": num_gpus, "resources": resources, "object_store_memory": object_store_memory,
         "namespace": namespace, "log_to_driver": log_to_driver, "history": history, "policy": policy,
         "memory": more.get("_memory"), "job": (job, storage) if job is not None else None,
         "root": _root(more.get("_temp_dir")),
         "labels": labels,
+        "local_mode": local_mode,
     }  # fmt: skip
     _add_job(given, runtime_env, job_config)
     with _init_lock:
         if _core is not None:
             if not ignore_reinit_error:
-                where = "this is a worker of a session" if _core.client else "a session is running in this process"
+                where = "this is a worker of a session" if core().client else "a session is running in this process"
                 raise RuntimeError(
                     f"minray.init() was called, but {where} already. It was not changed. Call minray.shutdown() first "
                     "(in the driver), leave init() out, or pass ignore_reinit_error=True to go on with that session."
@@ -190,10 +201,7 @@ def init(
 
 def _check_init_options(more: Mapping[str, Any]) -> None:
     for name, value in more.items():
-        if name in _REFUSED:
-            if value:
-                raise NotImplementedError(f"init({name}=...): {_REFUSED[name]}.")
-        elif name in _ACCEPTED:
+        if name in _ACCEPTED:
             if value and name in ("include_dashboard", "_system_config"):
                 print(f"minray: init({name}=...) has no effect: {_ACCEPTED[name]}.", file=sys.stderr)
         elif name not in _OWN:
@@ -208,6 +216,11 @@ def _start(given: Mapping[str, Any], announce: bool = False) -> Context:
 
     with _init_lock:
         if _core is None:
+            if given.get("local_mode"):
+                from minray.local import start
+
+                _core = start(given, _resources, _store_bytes(given))
+                return _context(_core)
             memory = given.get("memory") or machine.total_memory_bytes() * 7 // 10
             _core = Driver(  # If Ctrl-C was pressed meanwhile, that is felt below: there is a session by then.
                 resources=_resources(given, memory),
@@ -365,7 +378,7 @@ def shutdown() -> None:
     """
     global _core
     with _init_lock:
-        if _core is None or _core.client:
+        if _core is None or core().client:
             return
         ending, _core = _core, None
         ending.close()  # type: ignore[attr-defined]

@@ -431,8 +431,12 @@ class CoreWorker(ABC):
 
     # ------------------------------------------------------------ waiting
 
+    def deadline_in(self, seconds: float) -> float:
+        """The moment so many seconds from now, on the clock that `loop.wait` goes by."""
+        return monotonic() + seconds
+
     def get(self, refs: Any, timeout: float | None) -> Any:
-        deadline = None if timeout is None or timeout < 0 else monotonic() + timeout
+        deadline = None if timeout is None or timeout < 0 else self.deadline_in(timeout)
         if type(refs) is ObjectRef:
             return self.get_values((refs,), deadline)[0]
         if not isinstance(refs, (list, tuple)):
@@ -483,7 +487,7 @@ class CoreWorker(ABC):
             raise ValueError(
                 f"wait(num_returns=...) must be between 1 and the number of refs ({len(refs)}), got {num_returns!r}."
             )
-        deadline = None if timeout is None else monotonic() + timeout
+        deadline = None if timeout is None else self.deadline_in(timeout)
         positions = self.ready_positions(awaited, num_returns, deadline)
         if len(positions) == 1:  # Draining one by one: slices are 50 times faster than looking at each.
             (at,) = positions

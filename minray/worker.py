@@ -102,28 +102,10 @@ class Worker(CoreWorker):
             from minray.code_digest import Digester
 
             self.digester = Digester()
-        high = fcntl.fcntl(sock.fileno(), fcntl.F_DUPFD_CLOEXEC, OWN_FDS_FROM)
-        sock.close()
-        self.sock = socket.socket(fileno=high)
-        wake_r, wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._wake_r = fcntl.fcntl(wake_r, fcntl.F_DUPFD_CLOEXEC, OWN_FDS_FROM)
-        self._wake_w = fcntl.fcntl(wake_w, fcntl.F_DUPFD_CLOEXEC, OWN_FDS_FROM)
-        os.close(wake_r)
-        os.close(wake_w)
-        self.arena = Arena.attach(config["arena"])
-        self._black_box = self.arena.write_view(black_box_offset(number), 16)
-        self._hold = self.arena.write_view(hold_offset(number), 1)  # set by the node, cleared here: see HoldNext
+        self._open_channel(sock, config, number)
         self._forgets = 0
         self._in_hand: tuple[Any, ...] | None = None  # what the main thread took from the queue last
         self._dropped: tuple[Any, ...] | None = None  # that one, if it was to be forgotten before it had started
-        self._reader = FrameReader()
-        self._roused = False  # something was dropped or submitted while the caretaker slept
-        self._spin = False  # the last read waited so little that spinning would have met it
-        self._poll_object = select.poll()
-        self._poll_object.register(self.sock, select.POLLIN)
-        self._poll_object.register(self._wake_r, select.POLLIN)
-        self.loop = Loop(self._poll, self._wake, "minray-caretaker")
-        self.loop.glance = self._mind_title  # A task that waits in get() leads the loop itself.
         self.queue: deque[tuple[Any, ...]] = deque()  # tasks not yet started
         self._work = Waiter()  # the main thread waits on it when the queue is empty
         self._idle = False
@@ -165,6 +147,31 @@ class Worker(CoreWorker):
         self._checkpoints: Checkpoints | None = None
         self._saving = False
         self._restore_from: tuple[int, Any] | None = None  # its number, and the checkpoint as it was fetched
+        self._settle_in()
+
+    def _open_channel(self, sock: socket.socket, config: dict[str, Any], number: int) -> None:
+        """What connects this process to the node.  (In local mode it is no process: local.py.)"""
+        high = fcntl.fcntl(sock.fileno(), fcntl.F_DUPFD_CLOEXEC, OWN_FDS_FROM)
+        sock.close()
+        self.sock = socket.socket(fileno=high)
+        wake_r, wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._wake_r = fcntl.fcntl(wake_r, fcntl.F_DUPFD_CLOEXEC, OWN_FDS_FROM)
+        self._wake_w = fcntl.fcntl(wake_w, fcntl.F_DUPFD_CLOEXEC, OWN_FDS_FROM)
+        os.close(wake_r)
+        os.close(wake_w)
+        self.arena = Arena.attach(config["arena"])
+        self._black_box = self.arena.write_view(black_box_offset(number), 16)
+        self._hold = self.arena.write_view(hold_offset(number), 1)  # set by the node, cleared here: see HoldNext
+        self._reader = FrameReader()
+        self._roused = False  # something was dropped or submitted while the caretaker slept
+        self._spin = False  # the last read waited so little that spinning would have met it
+        self._poll_object = select.poll()
+        self._poll_object.register(self.sock, select.POLLIN)
+        self._poll_object.register(self._wake_r, select.POLLIN)
+        self.loop = Loop(self._poll, self._wake, "minray-caretaker")
+        self.loop.glance = self._mind_title  # A task that waits in get() leads the loop itself.
+
+    def _settle_in(self) -> None:
         sys.stdout = sys.__stdout__ = _labelled(1, self)  # type: ignore[misc]
         sys.stderr = sys.__stderr__ = _labelled(2, self)  # type: ignore[misc]
         self.surroundings = Surroundings(self._on_interrupt)
@@ -357,7 +364,7 @@ class Worker(CoreWorker):
         self.actor_id = self._context.task_id
         self.actor_options = options
         self._title = options.name.partition(".")[0]
-        process_title.show(self._title)
+        self._entitle(self._title)
         if options.checkpoint_every or options.checkpoint_interval_s:
             self._checkpoints = Checkpoints(cls, options)
             self._run_one = self._execute_and_save
@@ -578,6 +585,9 @@ class Worker(CoreWorker):
             return None
 
     # ------------------------------------------------------------ the title
+
+    def _entitle(self, title: str) -> None:
+        process_title.show(title)
 
     def _mind_title(self) -> float | None:
         """Look whether the process shall be called after a task; when to look again, in seconds.
@@ -802,10 +812,7 @@ class Worker(CoreWorker):
         names = self.config["gpus"]
         self.resources = resources
         self.gpu_ids = tuple(names[gpu] for gpu in gpu_ids) if names else gpu_ids
-        if "CUDA_VISIBLE_DEVICES" not in self.config["environment"]:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpu_ids))
-        if "OMP_NUM_THREADS" not in self.config["environment"]:
-            os.environ["OMP_NUM_THREADS"] = str(max(1, int(num_cpus)))
+        self._set_variables(num_cpus)
         self.placement = placement
         captured: Placement = (placement[0], -1, True) if placement and placement[2] else ()
         if captured != self.captured:
@@ -813,6 +820,12 @@ class Worker(CoreWorker):
             self._tokens[self.captured] = self.token
             self.captured = captured
             self.token = self._tokens.setdefault(captured, object())
+
+    def _set_variables(self, num_cpus: float) -> None:
+        if "CUDA_VISIBLE_DEVICES" not in self.config["environment"]:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpu_ids))
+        if "OMP_NUM_THREADS" not in self.config["environment"]:
+            os.environ["OMP_NUM_THREADS"] = str(max(1, int(num_cpus)))
 
     def _on_SetUpEnvironment(self, environment: str) -> None:
         self._environment = environment
