@@ -133,7 +133,7 @@ class Shape:
     """
 
     def __init__(
-        self, resources: Resources, exclusive: bool, pools: tuple[Pool, ...], bound: bool = False,
+        self, resources: Resources, exclusive: bool, pools: tuple[Pool, ...] = (), bound: bool = False,
         placement: Placement = (),
     ) -> None:  # fmt: skip
         self.resources = resources
