@@ -141,7 +141,7 @@ class Shape:
     """
 
     def __init__(
-        self, resources: Resources, exclusive: bool, pools: tuple[Pool, ...], bound: bool = False,
+        self, resources: Resources, exclusive: bool, pools: tuple[Pool, ...] = (), bound: bool = False,
         placement: Placement = (), environment: str = "", counted: tuple[bytes, int] | None = None,
     ) -> None:  # fmt: skip
         self.resources = resources
