@@ -21,10 +21,9 @@ from time import monotonic
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from minray import clock, ids, machine
+from minray import clock, exceptions, ids, machine
 from minray.core_worker import CoreWorker, TaskContext, ValueLost, raise_stored
 from minray.ending import Ending
-from minray.exceptions import GetTimeoutError
 from minray.interrupts import interrupt, interruptible, raise_deferred, uninterruptible
 from minray.loop import Loop, Waiter
 from minray.messages import DRIVER, Event, NodeQueried, ObjectsAwaited
@@ -99,6 +98,7 @@ class Driver(CoreWorker):
                     "log_to_driver": log_to_driver,
                     "preload": ["numpy"] if "numpy" in sys.modules else [],
                     "namespace": namespace,
+                    "name_prefix": exceptions.name_prefix,
                     "job_id": self.job_id,
                     "job": self.job.config() if self.job is not None else None,
                     "gpus": _visible_gpus(int(resources.get("GPU", 0))),
@@ -308,7 +308,7 @@ class Driver(CoreWorker):
                 return  # The last one came in this moment.
             first = self.node.objects[pending[0]].task
             what = f" (the first of them from {first.template.options.name}())" if first is not None else ""
-            raise GetTimeoutError(
+            raise exceptions.GetTimeoutError(
                 f"get() waited for {len(refs)} object(s); {len(pending)} of them{what} were not ready in time. "
                 "Their tasks go on; get() may be called again, minray.cancel() ends them."
             ) from None

@@ -36,7 +36,7 @@ from time import monotonic
 from types import FrameType
 from typing import Any
 
-from minray import api, ids, object_ref
+from minray import api, exceptions, ids, object_ref
 from minray.clock import EPOCH
 from minray.channel import RECEIVE_BYTES, FrameReader, frame
 from minray.checkpoint import Checkpoints
@@ -442,7 +442,10 @@ class Worker(CoreWorker):
             wrapped = make_argument_error(error.args[0], options.name)
         else:
             actor_id = self.actor_id.hex() if self.actor_id is not None else None
-            wrapped = make_task_error(error, options.name, os.getpid(), actor_id=actor_id, actor_repr=self._repr())
+            ip = "127.0.0.1" if exceptions.name_prefix == "ray" else None  # Ray's form has it; it tells nothing here.
+            wrapped = make_task_error(
+                error, options.name, os.getpid(), ip=ip, actor_id=actor_id, actor_repr=self._repr()
+            )
         text = _one_line(error)
         if options.kind == ACTOR_CREATION:
             name = options.name.removesuffix(".__init__")
@@ -462,7 +465,9 @@ class Worker(CoreWorker):
         return ERROR, (to_bytes(serialize(wrapped)), text)
 
     def _repr(self) -> str | None:
-        if self.actor is None or type(self.actor).__repr__ is object.__repr__:  # type: ignore[comparison-overlap]
+        if self.actor is None:
+            return None
+        if type(self.actor).__repr__ is object.__repr__ and exceptions.name_prefix != "ray":  # type: ignore[comparison-overlap]
             return None
         try:
             return repr(self.actor)

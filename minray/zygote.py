@@ -187,6 +187,11 @@ def main(fd: int) -> None:
             __import__(name)
     import minray.worker  # noqa: F401
 
+    if config["name_prefix"] == "ray":  # Whether `ray` means minray in the driver.  A process title begins with it, too.
+        from minray import as_ray
+
+        as_ray.install()
+
     gc.collect()
     gc.freeze()  # Children share these pages; a collection would write to each of them.
     zygote = Zygote(sock, config)
