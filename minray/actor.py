@@ -18,6 +18,7 @@ from minray.messages import ActorLookedUp, CallsCounted
 from minray.object_ref import ObjectRef, restore
 from minray.serialization import deserialize, serialize, to_bytes
 from minray.task_spec import ACTOR_CREATION, ACTOR_METHOD, ActorOptions, TaskOptions
+from minray.types import ActorID
 
 _METHOD_OPTIONS = "__minray_method_options__"
 _BUILT_IN = ("__ray_ready__", "__ray_call__", "__ray_terminate__")
@@ -298,8 +299,8 @@ class ActorHandle:
         self._minray_calls = 0  # at least as many as are pending, if there is a limit to them
 
     @property
-    def _actor_id(self) -> bytes:
-        return self._minray_id
+    def _actor_id(self) -> ActorID:
+        return ActorID(self._minray_id)
 
     _ray_actor_id = _actor_id
 

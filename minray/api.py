@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
-from minray import options
+from minray import exceptions, options
 from minray.core_worker import CoreWorker
 from minray.interrupts import raise_deferred
 from minray.object_ref import ObjectRef
@@ -43,8 +43,28 @@ def set_core(new: CoreWorker | None) -> None:
 class Context(Mapping[str, Any]):
     """What `init` returns: a mapping with what there is to know, and a context manager that ends the session."""
 
+    dashboard_url = None
+    """There is no dashboard."""
+
     def __init__(self, facts: dict[str, Any]) -> None:
         self.address_info = facts
+
+    @property
+    def python_version(self) -> str:
+        return sys.version.split()[0]
+
+    @property
+    def ray_version(self) -> str:
+        """The version of Ray whose documentation minray follows."""
+        from minray.as_ray import VERSION
+
+        return VERSION
+
+    @property
+    def ray_commit(self) -> str:
+        from minray import __version__
+
+        return f"minray {__version__}"
 
     def __getitem__(self, key: str) -> Any:
         return self.address_info[key]
@@ -87,11 +107,10 @@ _ACCEPTED = {
 """Options of Ray that a program may give and that have nothing to act on here; who asks for something is told."""
 _OWN = (
     "address", "num_cpus", "num_gpus", "resources", "object_store_memory", "namespace", "log_to_driver",
-    "ignore_reinit_error", "history", "policy", "job", "storage", "_memory",
+    "ignore_reinit_error", "history", "policy", "job", "storage", "job_config", "_memory",
 )  # fmt: skip
 _REFUSED = {
     "runtime_env": "runtime environments are not supported yet; workers have the driver's environment and sys.path",
-    "job_config": "job configurations are not supported yet",
     "local_mode": "local mode is not supported yet; a real session starts in milliseconds",
     "labels": "nodes have no labels yet; declare resources={'name': 1} instead",
     "_temp_dir": "set the environment variable MINRAY_HOME instead",
@@ -119,7 +138,8 @@ def init(
     Needed only to say something about it; the first call of anything else starts one as well.
 
     Args:
-        address: None or "local"; anything else is a ConnectionError (a cluster is not supported yet).
+        address: None or "local" start a session; the address of a `minray.cluster_utils.Cluster`, or "auto" for the
+            newest, starts it with the Cluster's resources; anything else is a ConnectionError.
         num_cpus: CPUs to schedule on; default: what affinity and cgroups allow this process.
         num_gpus: GPUs to schedule on (they need not exist); default: those in CUDA_VISIBLE_DEVICES, else 0.
         resources: amounts of resources of your own, by name.
@@ -130,11 +150,12 @@ def init(
         history: how many finished tasks the GCS file keeps.
         policy: a `minray.policy.Policy` with the scheduler's choices.
         job: the name of a durable job: what a run of it has finished, later runs return without running it again.
+        job_config: a `minray.job_config.JobConfig`, which may give the namespace.
         storage: the file that keeps a durable job's results; default: one for each job, where sessions are kept.
         more: options of Ray that have nothing to act on here are accepted (include_dashboard, logging_level, …).
 
     Returns:
-        A mapping with "address", "node_id", "session_dir"; also a context manager that calls `shutdown`.
+        A mapping with "address", "node_id", "session_dir", "node_ip_address"; also a context manager that calls `shutdown`.
 
     Raises:
         RuntimeError: there is a session already, or this is a worker, or another driver runs this job.
@@ -145,11 +166,24 @@ def init(
     ...     minray.cluster_resources()["CPU"]
     2.0
     """
+    if more.get("job_config") is not None:
+        from minray.job_config import options_of
+
+        said = options_of(more["job_config"])
+        namespace = said.pop("namespace", None) if namespace is None else namespace
+        more = {**said, **more}
     _check_init_options(more)
-    if address not in (None, "local"):
-        raise ConnectionError(
-            f"init(address={address!r}): there is no cluster to connect to. Leave address out to start a session here."
-        )
+    address = _address(address)
+    cluster = None
+    if address is not None and address != "local":
+        from minray import cluster_utils
+
+        cluster = cluster_utils.find(address)
+        if (num_cpus, num_gpus, resources, object_store_memory) != (None,) * 4:
+            raise ValueError(
+                f"init(address={address!r}): the nodes of a Cluster say what they have. Leave out num_cpus, num_gpus, "
+                "resources and object_store_memory here, and give them to add_node()."
+            )
     _check_kinds(namespace, log_to_driver, policy)
     if job is None and storage is not None:
         raise ValueError("init(storage=...) keeps the results of a durable job, so it needs init(job=...): its name.")
@@ -157,6 +191,7 @@ def init(
         "num_cpus": num_cpus, "num_gpus": num_gpus, "resources": resources, "object_store_memory": object_store_memory,
         "namespace": namespace, "log_to_driver": log_to_driver, "history": history, "policy": policy,
         "memory": more.get("_memory"), "job": (job, storage) if job is not None else None,
+        **(cluster.options() if cluster is not None else {}),
     }  # fmt: skip
     with _init_lock:
         if _core is not None:
@@ -173,7 +208,24 @@ def init(
                     "not changed. Call minray.shutdown() first."
                 )
             return _context(_core)
-        return _start(given, announce=True)
+        context = _start(given, announce=True)
+        if cluster is not None:
+            cluster.connected = True
+        return context
+
+
+def _address(given: Any) -> str | None:
+    """Where Ray would connect to: it looks into RAY_ADDRESS, too, which means nothing to a program of minray's own."""
+    if given is not None and not isinstance(given, str):
+        raise ValueError(f"init(address=...) must be a string, got {given!r}.")
+    if given is None and exceptions.name_prefix == "ray":
+        given = os.environ.get("RAY_ADDRESS") or None
+        if given is not None and given != "local":
+            raise ConnectionError(
+                f"RAY_ADDRESS={given} asks for a cluster, and minray has none to connect to. Unset it, or say "
+                'ray.init(address="local"), to start a session here.'
+            )
+    return given or None
 
 
 def _check_init_options(more: Mapping[str, Any]) -> None:
@@ -272,7 +324,13 @@ def _store_bytes(given: Mapping[str, Any]) -> int | None:
 
 def _context(core: CoreWorker) -> Context:
     path = core.config["session"] if core.client else core.session.path  # type: ignore[attr-defined]
-    return Context({"address": "local", "node_id": core.node_id.hex(), "session_dir": path})
+    facts = {"address": "local", "node_id": core.node_id.hex(), "session_dir": path, "node_ip_address": "127.0.0.1"}
+    return Context(facts)
+
+
+def add_resources(resources: dict[str, float]) -> None:
+    """The node has so much more from now on (a Cluster's add_node); in the driver."""
+    core().add_resources(resources)  # type: ignore[attr-defined]
 
 
 def is_initialized() -> bool:
@@ -437,9 +495,12 @@ def nodes() -> list[dict[str, Any]]:
         {
             "NodeID": core().node_id.hex(),
             "Alive": True,
+            "alive": True,
+            "NodeName": "127.0.0.1",
             "NodeManagerHostname": socket.gethostname(),
             "NodeManagerAddress": "127.0.0.1",
             "Resources": _query("resources"),
+            "Labels": {},
         }
     ]
 

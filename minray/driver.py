@@ -26,7 +26,7 @@ from minray.core_worker import CoreWorker, TaskContext, ValueLost, raise_stored
 from minray.ending import Ending
 from minray.interrupts import interrupt, interruptible, raise_deferred, uninterruptible
 from minray.loop import Loop, Waiter
-from minray.messages import DRIVER, Event, NodeQueried, ObjectsAwaited
+from minray.messages import DRIVER, Event, NodeQueried, ObjectsAwaited, ResourcesAdded
 from minray.node import Node
 from minray.object_ref import ObjectRef
 from minray.object_store import Arena, plan_arena
@@ -133,7 +133,7 @@ class Driver(CoreWorker):
             self.connect()
             self.raylet.start(self.node.scheduler.pool_size)
             with self.raylet.lock:
-                self.raylet.record(self._first_rows(resources, plan.capacity))
+                self.raylet.record(self._first_rows(resources))
             self.loop.start()
             undo.pop_all()
 
@@ -157,7 +157,19 @@ class Driver(CoreWorker):
         text = f"minray: job {job.name!r}: reused {reused:,} results, ran {ran:,} tasks"
         self._pending_lines.append(("stderr", text))
 
-    def _first_rows(self, resources: dict[str, float], capacity: int) -> dict[str, list[tuple[Any, ...]]]:
+    def add_resources(self, resources: dict[str, float]) -> None:
+        """The node has so much more from now on."""
+        added = {name: round(amount * UNIT) for name, amount in resources.items() if amount}
+        self.send(ResourcesAdded(DRIVER, tuple(sorted(added.items()))))
+        with self.raylet.lock:
+            self.raylet.record({"nodes": [self._node_row(self.node.describe("resources"))]})
+
+    def _node_row(self, resources: dict[str, float]) -> tuple[Any, ...]:
+        import json
+
+        return (1, self.node_id, socket.gethostname(), 0, json.dumps(resources), self.arena.capacity)
+
+    def _first_rows(self, resources: dict[str, float]) -> dict[str, list[tuple[Any, ...]]]:
         import json
 
         self._job_row = [
@@ -165,8 +177,7 @@ class Driver(CoreWorker):
             int(self.started_s * 1e6), None, self.version, sys.version.split()[0], self.namespace,
             json.dumps(resources),
         ]  # fmt: skip
-        node_row = (1, self.node_id, socket.gethostname(), 0, json.dumps(resources), capacity)
-        return {"jobs": [tuple(self._job_row)], "nodes": [node_row]}
+        return {"jobs": [tuple(self._job_row)], "nodes": [self._node_row(resources)]}
 
     # ------------------------------------------------------------ Ctrl-C
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Union
 
-from minray.task_spec import TaskOptions, TaskSpec
+from minray.task_spec import Resources, TaskOptions, TaskSpec
 
 DRIVER = 0
 Ids = list[bytes]
@@ -226,6 +226,13 @@ class NodeQueried(NamedTuple):
     what: str
 
 
+class ResourcesAdded(NamedTuple):
+    """The node has more of these from now on."""
+
+    client: int
+    resources: Resources
+
+
 class WorkerStarted(NamedTuple):
     client: int
     pid: int
@@ -268,7 +275,7 @@ Event = Union[
     FunctionExported, TemplateDefined, TasksSubmitted, TasksFinished, TasksReturned, ObjectPut, ReferencesChanged,
     Unpinned, ObjectsAwaited, RequestAbandoned, BlockRequested, BlocksSpilled, BlockRefused, RoomAbandoned, ObjectLost,
     ArgumentLost, CancelRequested, ActorKillRequested, CheckpointTaken, CheckpointFailed, ActorLookedUp, CallsCounted,
-    NodeQueried, WorkerStarted, WorkerDied, GcsStalled, GcsRecovered, Ticked,
+    NodeQueried, ResourcesAdded, WorkerStarted, WorkerDied, GcsStalled, GcsRecovered, Ticked,
 ]  # fmt: skip
 
 FROM_WORKERS = {

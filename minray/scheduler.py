@@ -255,6 +255,13 @@ class Scheduler:
 
     # ------------------------------------------------------------ resources
 
+    def add_resources(self, resources: Resources) -> None:
+        for name, amount in resources:
+            self.total[name] = self.total.get(name, 0) + amount
+            self.available[name] = self.available.get(name, 0) + amount
+        self.pool_size = max(1, self.total.get("CPU", 0) // UNIT)
+        self._gpu_free += [UNIT] * (self.total.get("GPU", 0) // UNIT - len(self._gpu_free))
+
     def _fits(self, shape: Shape) -> bool:
         for name, amount in shape.resources:
             if self.available.get(name, 0) < amount:

@@ -298,6 +298,14 @@ class Worker(CoreWorker):
             return lambda *args, **kwargs: self._construct(function, options, args, kwargs)
         return function  # type: ignore[no-any-return]
 
+    def function_name(self, options: TaskOptions) -> str:
+        """As it was defined, not as the task is called."""
+        if options.kind == ACTOR_METHOD:
+            return f"{type(self.actor).__qualname__}.{options.method}"
+        loaded = self._loaded.get(options.function_id)
+        name: str = getattr(loaded, "__qualname__", options.name)
+        return f"{name}.__init__" if options.kind == ACTOR_CREATION else name
+
     def _construct(self, cls: Any, options: TaskOptions, args: Any, kwargs: Any) -> None:
         self.actor_id = self._context.task_id
         self.actor_options = options

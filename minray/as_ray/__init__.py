@@ -60,6 +60,9 @@ ELSEWHERE = {
     "ray.worker": "minray.as_ray.private.worker",
     "ray.internal": "minray.as_ray.private",
     "ray.util.annotations": "minray.as_ray.private.annotations",
+    "ray.util.check_serialize": "minray.as_ray.private.check_serialize",
+    "ray.util.debug": "minray.as_ray.private.debug",
+    "ray.util.serialization": "minray.as_ray.private.serialization",
 }
 """Modules whose place differs; what is below them is below that place."""
 

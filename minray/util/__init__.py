@@ -62,6 +62,11 @@ def check_serialize(value: Any) -> None:
     serialize(value)
 
 
+def get_node_ip_address() -> str:
+    """The address of the machine that this process runs on, as the session knows it: 127.0.0.1, for it has one."""
+    return "127.0.0.1"
+
+
 def list_named_actors(all_namespaces: bool = False) -> list[Any]:
     """The names of all live actors that have one.
 
@@ -86,6 +91,7 @@ def list_named_actors(all_namespaces: bool = False) -> list[Any]:
 
 
 __all__ = [
-    "ActorPool", "Executor", "as_completed", "check_serialize", "deregister_serializer", "inspect_serializability",
+    "ActorPool", "Executor", "as_completed", "check_serialize", "deregister_serializer", "get_node_ip_address",
+    "inspect_serializability",
     "list_named_actors", "map_unordered", "register_serializer",
 ]  # fmt: skip
