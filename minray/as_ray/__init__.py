@@ -30,9 +30,10 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.util
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -65,6 +66,9 @@ ELSEWHERE = {
     "ray.util.serialization": "minray.as_ray.private.serialization",
 }
 """Modules whose place differs; what is below them is below that place."""
+
+OWN = {"__version__": VERSION, "__commit__": f"minray {minray.__version__}", "logger": logging.getLogger("ray")}
+"""What the module ``ray`` has of its own."""
 
 _LIBRARY = "is one of Ray's libraries; minray is Ray Core alone, and this needs the real Ray"
 OUTSIDE = {
@@ -182,8 +186,7 @@ class Loader(importlib.abc.Loader):
         self._target = target
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        own = {"__version__": VERSION, "__commit__": f"minray {minray.__version__}"} if spec.name == "ray" else {}
-        return RayModule(spec.name, self._target, own)
+        return RayModule(spec.name, self._target, OWN if spec.name == "ray" else {})
 
     def exec_module(self, module: ModuleType) -> None:
         pass
@@ -192,7 +195,7 @@ class Loader(importlib.abc.Loader):
 class RayModule(ModuleType):
     """A module under Ray's name: what it is asked, and told, it passes on to the one under minray's."""
 
-    def __init__(self, name: str, target: ModuleType, own: dict[str, Any]) -> None:
+    def __init__(self, name: str, target: ModuleType, own: Mapping[str, Any]) -> None:
         super().__init__(name, target.__doc__)
         vars(self).update(own, _minray_module=target)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from minray import api
 from minray.actor import get_actor
+from minray.api import Context as BaseContext
 from minray.api import cancel, get, init, is_initialized, kill, put, remote, shutdown, wait
 from minray.runtime_context import get_gpu_ids
 from minray.types import JobID, NodeID, WorkerID
@@ -60,6 +61,6 @@ class GlobalWorker:
 global_worker = GlobalWorker()
 
 __all__ = [
-    "LOCAL_MODE", "SCRIPT_MODE", "WORKER_MODE", "cancel", "get", "get_actor", "get_gpu_ids", "global_worker", "init",
+    "LOCAL_MODE", "SCRIPT_MODE", "BaseContext", "WORKER_MODE", "cancel", "get", "get_actor", "get_gpu_ids", "global_worker", "init",
     "is_initialized", "kill", "put", "remote", "shutdown", "wait",
 ]  # fmt: skip
