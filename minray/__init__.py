@@ -76,13 +76,13 @@ def __getattr__(name: str) -> object:
         from minray import types
 
         return getattr(types, name)
-    if name in ("cluster_utils", "dag", "experimental", "job_config", "state", "testing", "types", "util", "cloudpickle"):
+    if name in ("cluster_utils", "dag", "experimental", "state", "testing", "types", "util", "cloudpickle"):
         import importlib
 
         return importlib.import_module("cloudpickle" if name == "cloudpickle" else f"minray.{name}")
     if name in ("air", "data", "rllib", "serve", "train", "tune", "workflow"):
         raise AttributeError(f"minray.{name}: minray is Ray Core's part of Ray; Ray's libraries are out of its scope")
-    if name in ("runtime_env", "cross_language"):
+    if name in ("runtime_env", "job_config", "cross_language"):
         raise AttributeError(f"minray.{name} is not there yet (docs/compatibility.md says what is)")
     raise AttributeError(f"module 'minray' has no attribute {name!r}")
 

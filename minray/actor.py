@@ -327,7 +327,7 @@ class ActorHandle:
         self._minray_calls += 1
 
     def __dir__(self) -> list[str]:
-        return [*self._minray_interface.methods, *object.__dir__(self)]
+        return list(self._minray_interface.methods)  # Wrappers of handles look here what can be called.
 
     def __repr__(self) -> str:
         return f"Actor({self._minray_interface.class_name}, {self._minray_id.hex()})"

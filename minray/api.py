@@ -107,9 +107,10 @@ _ACCEPTED = {
 """Options of Ray that a program may give and that have nothing to act on here; who asks for something is told."""
 _OWN = (
     "address", "num_cpus", "num_gpus", "resources", "object_store_memory", "namespace", "log_to_driver",
-    "ignore_reinit_error", "history", "policy", "job", "storage", "job_config", "_memory",
+    "ignore_reinit_error", "history", "policy", "job", "storage", "_memory",
 )  # fmt: skip
 _REFUSED = {
+    "job_config": "job configurations are not supported yet",
     "runtime_env": "runtime environments are not supported yet; workers have the driver's environment and sys.path",
     "local_mode": "local mode is not supported yet; a real session starts in milliseconds",
     "labels": "nodes have no labels yet; declare resources={'name': 1} instead",
@@ -150,7 +151,6 @@ def init(
         history: how many finished tasks the GCS file keeps.
         policy: a `minray.policy.Policy` with the scheduler's choices.
         job: the name of a durable job: what a run of it has finished, later runs return without running it again.
-        job_config: a `minray.job_config.JobConfig`, which may give the namespace.
         storage: the file that keeps a durable job's results; default: one for each job, where sessions are kept.
         more: options of Ray that have nothing to act on here are accepted (include_dashboard, logging_level, …).
 
@@ -166,12 +166,6 @@ def init(
     ...     minray.cluster_resources()["CPU"]
     2.0
     """
-    if more.get("job_config") is not None:
-        from minray.job_config import options_of
-
-        said = options_of(more["job_config"])
-        namespace = said.pop("namespace", None) if namespace is None else namespace
-        more = {**said, **more}
     _check_init_options(more)
     address = _address(address)
     cluster = None
