@@ -155,7 +155,8 @@ def init(
         more: options of Ray that have nothing to act on here are accepted (include_dashboard, logging_level, …).
 
     Returns:
-        A mapping with "address", "node_id", "session_dir", "node_ip_address"; also a context manager that calls `shutdown`.
+        A mapping with "address", "node_id", "session_dir", "node_ip_address"; also a context manager that calls
+        `shutdown`.
 
     Raises:
         RuntimeError: there is a session already, or this is a worker, or another driver runs this job.

@@ -78,10 +78,9 @@ class Cluster:
         shutdown_at_exit: bool = True,
     ) -> None:
         global _made
-        if head_node_args and not initialize_head:
-            raise ValueError("Cluster(head_node_args=...) describes the head node, so it needs initialize_head=True.")
-        if connect and not initialize_head:
-            raise ValueError("Cluster(connect=True) starts a session on the head node, so it needs initialize_head=True.")
+        for option, given in (("head_node_args", head_node_args), ("connect", connect)):
+            if given and not initialize_head:
+                raise ValueError(f"Cluster({option}=...) is about the head node, so it needs initialize_head=True.")
         self.head_node: Node | None = None
         self.worker_nodes: list[Node] = []
         self.connected = False
@@ -144,9 +143,9 @@ class Cluster:
             raise ValueError(f"remove_node(): {node!r} is no node of this Cluster, or was removed already.")
         if self.is_running():
             raise NotImplementedError(
-                "remove_node(): the nodes of a Cluster are one node here, so none can fail alone while the session runs. "
-                "Nothing was removed. To see a program survive failures: minray.testing kills workers, actors and the "
-                "GCS; minray simulate kills nodes."
+                "remove_node(): the nodes of a Cluster are one node here, so none can fail alone while the session "
+                "runs. Nothing was removed. To see a program survive failures: minray.testing kills workers, actors "
+                "and the GCS; minray simulate kills nodes."
             )
         node.alive = False
         if node is self.head_node:

@@ -187,7 +187,7 @@ def main(fd: int) -> None:
             __import__(name)
     import minray.worker  # noqa: F401
 
-    if config["name_prefix"] == "ray":  # Whether `ray` means minray in the driver.  A process title begins with it, too.
+    if config["name_prefix"] == "ray":  # In the driver `ray` means minray.
         from minray import as_ray
 
         as_ray.install()

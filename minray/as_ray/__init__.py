@@ -8,7 +8,7 @@ or, at the top of a program or a conftest.py, before anything imports ray:
     minray.as_ray.install()
 
 Owns the mapping from Ray's module names to minray's.  A finder in `sys.meta_path` answers for ``ray`` and
-all below it.  ``ray.X`` is a module object of its own, named so, that passes what it is asked on to
+all below it.  ``ray.X`` is a module object of its own, named so, that passes what it is asked for on to
 ``minray.X``: so functions, classes and exceptions are the same objects under both names, ``isinstance``
 holds across them, and pickles, which name things by where they are defined, load with or without this.
 Where Ray has something elsewhere, a table says so; what public programs import out of Ray's
@@ -22,7 +22,8 @@ metadata that answers ``importlib.metadata.version("ray")``.
 A process has one Ray.  Where the real one has been imported already, `install` refuses: half of a
 program's objects would be of each.
 
-Left out: Ray's libraries (`OUTSIDE`), which would need the real Ray below them.
+Left out: Ray's libraries (`OUTSIDE`), which would need the real Ray below them.  A program that imports one and
+never calls it may ask for a placeholder (placeholder.py).
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from typing import Any
 
 import minray
 from minray import exceptions
+from minray.as_ray import placeholder
+from minray.as_ray.private.logging_config import LoggingConfig
 
 VERSION = "2.60.0"
 """The version of Ray whose documentation minray follows, and that ``ray.__version__`` gives."""
@@ -67,10 +70,13 @@ ELSEWHERE = {
 }
 """Modules whose place differs; what is below them is below that place."""
 
-OWN = {"__version__": VERSION, "__commit__": f"minray {minray.__version__}", "logger": logging.getLogger("ray")}
+OWN = {
+    "__version__": VERSION, "__commit__": f"minray {minray.__version__}", "logger": logging.getLogger("ray"),
+    "LoggingConfig": LoggingConfig,
+}  # fmt: skip
 """What the module ``ray`` has of its own."""
 
-_LIBRARY = "is one of Ray's libraries; minray is Ray Core alone, and this needs the real Ray"
+_LIBRARY = "is one of Ray's libraries; minray is Ray Core alone, and what uses it needs the real Ray"
 OUTSIDE = {
     **dict.fromkeys(("air", "data", "llm", "ml", "rllib", "serve", "train", "tune", "workflow"), _LIBRARY),
     "autoscaler": "starts and stops machines; a minray session is one machine",
@@ -80,7 +86,7 @@ OUTSIDE = {
     "job_submission": "speaks to a cluster's job server; a minray session is made by its own driver",
     "util.accelerators": "names kinds of accelerators; declare resources={'A100': 1} in init() instead",
     "util.client": "connects to a cluster that runs elsewhere; a minray session is made by its own driver",
-    "util.iter": "was deprecated by Ray; use generators and ray.util.ActorPool",
+    "util.iter": "is not part of minray (Ray has deprecated it); use generators and ray.util.ActorPool",
     "util.spark": "starts Ray on a Spark cluster; a minray session is one machine",
 }
 """What minray does not have, and why.  Importing it is a ModuleNotFoundError that says so."""
@@ -174,10 +180,15 @@ class Finder(importlib.abc.MetaPathFinder):
                 spec.origin = os.path.join(PATH, "ray", "__init__.py")
                 spec.has_location = True
             return spec
+        if placeholder.is_wanted(name):
+            return ModuleSpec(name, Loader(placeholder.Placeholder(name)), is_package=True)
         reason = why_not(name)
         # A look by importlib.util.find_spec is answered with None: transformers and others ask so what is there.
         if reason is not None and sys._getframe(2).f_code.co_name == "_find_and_load_unlocked":
-            raise ModuleNotFoundError(reason)  # Without name=: "from ray import tune" would swallow it.
+            # Without name=: "from ray import tune" would swallow it.
+            raise ModuleNotFoundError(
+                f"{reason} If the program imports it and never calls it: {placeholder.VARIABLE}={name}"
+            )
         return None
 
 
@@ -186,6 +197,8 @@ class Loader(importlib.abc.Loader):
         self._target = target
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
+        if isinstance(self._target, placeholder.Placeholder):
+            return self._target
         return RayModule(spec.name, self._target, OWN if spec.name == "ray" else {})
 
     def exec_module(self, module: ModuleType) -> None:
@@ -193,7 +206,10 @@ class Loader(importlib.abc.Loader):
 
 
 class RayModule(ModuleType):
-    """A module under Ray's name: what it is asked, and told, it passes on to the one under minray's."""
+    """A module under Ray's name: what it is asked for it gets from the one under minray's.
+
+    What a test sets in it (``monkeypatch.setattr(ray, "get", ...)``) stays in it, and can be taken out again.
+    """
 
     def __init__(self, name: str, target: ModuleType, own: Mapping[str, Any]) -> None:
         super().__init__(name, target.__doc__)
@@ -224,17 +240,9 @@ class RayModule(ModuleType):
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}: {reason}") from None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        target = vars(self)["_minray_module"]
-        if isinstance(value, RayModule):  # The import system binds a submodule; not over a function of its name.
-            if isinstance(getattr(target, name, value), ModuleType):
-                vars(self)[name] = value
-        elif name.startswith("__"):
+        # The import system binds a submodule in its parent; here not over a function of that name (placement_group).
+        if not isinstance(value, RayModule) or isinstance(getattr(self, name, value), ModuleType):
             super().__setattr__(name, value)
-        else:
-            setattr(target, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        delattr(vars(self)["_minray_module"], name)
 
     def __dir__(self) -> list[str]:
         return sorted({*vars(self), *dir(vars(self)["_minray_module"])})

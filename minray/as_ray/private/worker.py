@@ -55,12 +55,12 @@ class GlobalWorker:
             raise RuntimeError("there is no session. Call ray.init() first.")
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"ray._private.worker.global_worker.{name} is inner to Ray; minray has nothing of the kind.")
+        raise AttributeError(f"global_worker.{name} is inner to Ray; minray has nothing of the kind.")
 
 
 global_worker = GlobalWorker()
 
 __all__ = [
-    "LOCAL_MODE", "SCRIPT_MODE", "BaseContext", "WORKER_MODE", "cancel", "get", "get_actor", "get_gpu_ids", "global_worker", "init",
-    "is_initialized", "kill", "put", "remote", "shutdown", "wait",
+    "LOCAL_MODE", "SCRIPT_MODE", "BaseContext", "WORKER_MODE", "cancel", "get", "get_actor", "get_gpu_ids",
+    "global_worker", "init", "is_initialized", "kill", "put", "remote", "shutdown", "wait",
 ]  # fmt: skip
