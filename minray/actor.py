@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from minray import api, options
@@ -123,6 +124,11 @@ class ActorClass:
 
     def __minray_counts__(self) -> Any:
         return (self._class,)  # For code_digest.py: options change no result.
+
+    @property
+    def __ray_metadata__(self) -> Any:
+        """The plain class, where programs look for it in Ray: ``A.__ray_metadata__.modified_class``."""
+        return SimpleNamespace(modified_class=self._class, class_name=self.__name__)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"{self.__name__} is an actor class: make one with {self.__name__}.remote(...).")

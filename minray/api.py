@@ -398,6 +398,8 @@ def _make_remote(target: Any, given: dict[str, Any]) -> Any:
 
     if isinstance(target, type):
         return ActorClass(target, options.check(given, options.ACTOR, "remote"))
+    if isinstance(getattr(target, "__origin__", None), type):  # A[int]: callable, and makes an A.
+        raise TypeError(f"@minray.remote goes on the class itself, {target.__origin__.__name__}, not on {target!r}.")
     if not callable(target):
         raise TypeError(f"@minray.remote goes on a function or a class, got {target!r}.")
     if isinstance(target, (RemoteFunction, ActorClass)):
@@ -426,8 +428,11 @@ def get(refs: Any, *, timeout: float | None = None) -> Any:
     return core().get(refs, timeout)
 
 
-def put(value: Any) -> ObjectRef[Any]:
-    """Store a value; tasks that get the ref as an argument share it without copies."""
+def put(value: Any, *, _owner: Any = None) -> ObjectRef[Any]:
+    """Store a value; tasks that get the ref as an argument share it without copies.
+
+    _owner (Ray: an actor, with which the value would be lost) has no effect: values are the session's.
+    """
     return core().put(value)
 
 
@@ -441,10 +446,16 @@ def wait(
 
     fetch_local has no effect on one machine.
 
+    Raises:
+        TypeError: no list of refs.
+        ValueError: a ref came twice, or there are not so many; a timeout below 0.
+
     >>> ready, rest = minray.wait([minray.put(1), minray.put(2)])
     >>> len(ready), len(rest)
     (1, 1)
     """
+    if timeout is not None and timeout < 0:
+        raise ValueError(f"wait(timeout=...) must be a number of seconds, 0 or more, got {timeout!r}.")
     return core().wait(refs, num_returns, timeout)
 
 
