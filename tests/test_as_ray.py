@@ -106,6 +106,29 @@ assert ActorPool is minray.util.ActorPool and ray is sys.modules["ray"] and ray 
     assert python("-c", program).returncode == 0
 
 
+def test_uninstall_takes_everything_back():
+    program = """
+import os, sys
+import minray, minray.as_ray
+before = list(sys.meta_path), list(sys.path), os.environ.get("PYTHONPATH"), minray.exceptions.name_prefix
+for _ in range(2):
+    minray.as_ray.install()
+    import ray, ray.util.queue
+    assert ray.get is minray.get and minray.exceptions.name_prefix == "ray"
+    minray.as_ray.uninstall()
+    assert before == (list(sys.meta_path), list(sys.path), os.environ.get("PYTHONPATH"), minray.exceptions.name_prefix)
+    assert not [name for name in sys.modules if name.partition(".")[0] == "ray"]
+    assert ray.util.queue.Queue is minray.util.queue.Queue
+try:
+    import ray
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    for path in ("", os.pathsep.join(["/one", "/two"])):
+        done = python("-c", program, env={"PYTHONPATH": path} if path else {})
+        assert done.stdout == "No module named 'ray'\n", done.stderr
+
+
 def test_with_the_real_ray_imported_install_refuses_and_changes_nothing(tmp_path):
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "__init__.py").write_text("__version__ = '2.9.0'\n")

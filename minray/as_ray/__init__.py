@@ -120,6 +120,23 @@ def install() -> None:
     exceptions.name_prefix = "ray"
 
 
+def uninstall() -> None:
+    """Take back what `install` did, in this process and for those that it starts from now on.
+
+    What the program has imported stays usable; ``import ray`` gives the real Ray again, if there is one.
+    """
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, Finder)]
+    for name in [name for name in sys.modules if name == "ray" or name.startswith("ray.")]:
+        if isinstance(sys.modules[name], (RayModule, placeholder.Placeholder)):
+            del sys.modules[name]
+    sys.path[:] = [entry for entry in sys.path if entry != PATH]
+    left = search_path(os.environ.get("PYTHONPATH")).removeprefix(PATH).removeprefix(os.pathsep)
+    os.environ.pop("PYTHONPATH", None)
+    if left:
+        os.environ["PYTHONPATH"] = left
+    exceptions.name_prefix = "minray"
+
+
 def search_path(given: str | None) -> str:
     """A PYTHONPATH like the one given, by which other processes find ray here."""
     entries = [entry for entry in (given or "").split(os.pathsep) if entry and entry != PATH]
