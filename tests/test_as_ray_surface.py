@@ -1,5 +1,6 @@
 """Every public name of Ray Core that programs use is found under ``ray``, or is listed as missing with its reason."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -93,6 +94,11 @@ actor cloudpickle cluster_utils dag exceptions experimental experimental.state.a
 runtime_context types util util.actor_pool util.annotations util.collective util.dask util.joblib util.metrics
 util.multiprocessing util.queue util.state _raylet _private _private.worker worker
 """.split()
+
+for library in ("dask", "joblib"):  # What needs a library can be looked for where there is one.
+    if importlib.util.find_spec(library) is None:
+        NAMES = [name for name in NAMES if not name.startswith(f"util.{library}.")]
+        MODULES.remove(f"util.{library}")
 
 OUTSIDE = (
     "air data llm rllib serve train tune workflow autoscaler job_submission dashboard cross_language util.client util.iter"
