@@ -30,6 +30,7 @@ _init_lock = threading.RLock()
 def core() -> CoreWorker:
     """This process's part of the session; starts one if there is none."""
     if _core is None:
+        _address(None)
         _start({})
         assert _core is not None
     return _core
@@ -110,8 +111,8 @@ _OWN = (
     "ignore_reinit_error", "history", "policy", "job", "storage", "_memory",
 )  # fmt: skip
 _REFUSED = {
-    "job_config": "job configurations are not supported yet",
     "runtime_env": "runtime environments are not supported yet; workers have the driver's environment and sys.path",
+    "job_config": "job configurations are not supported yet",
     "local_mode": "local mode is not supported yet; a real session starts in milliseconds",
     "labels": "nodes have no labels yet; declare resources={'name': 1} instead",
     "_temp_dir": "set the environment variable MINRAY_HOME instead",
@@ -168,9 +169,8 @@ def init(
     2.0
     """
     _check_init_options(more)
-    address = _address(address)
     cluster = None
-    if address is not None and address != "local":
+    if _core is None and (address := _address(address)) not in (None, "local"):
         from minray import cluster_utils
 
         cluster = cluster_utils.find(address)
@@ -210,7 +210,9 @@ def init(
 
 
 def _address(given: Any) -> str | None:
-    """Where Ray would connect to: it looks into RAY_ADDRESS, too, which means nothing to a program of minray's own."""
+    """Where Ray would connect to: it looks into RAY_ADDRESS, too, which means nothing to a program of minray's own.
+
+    Not asked while a session is running: init(address="auto", ignore_reinit_error=True) in a task is that session."""
     if given is not None and not isinstance(given, str):
         raise ValueError(f"init(address=...) must be a string, got {given!r}.")
     if given is None and exceptions.name_prefix == "ray":

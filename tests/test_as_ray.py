@@ -324,7 +324,22 @@ try:
     ray.init()
 except ConnectionError as error:
     assert "RAY_ADDRESS=10.0.0.1:6379 asks for a cluster" in str(error)
+try:
+    ray.put(1)
+except ConnectionError:
+    assert not ray.is_initialized()
 ray.init("local", num_cpus=1)
+
+@ray.remote
+def again():
+    return ray.init(address="auto", ignore_reinit_error=True)["node_id"]
+
+node_id = ray.nodes()[0]["NodeID"]
+assert ray.get(again.remote()) == ray.init(address="auto", ignore_reinit_error=True)["node_id"] == node_id
+try:
+    ray.init(address="auto")
+except RuntimeError as error:
+    assert "ignore_reinit_error" in str(error)
 ray.shutdown()
 os.environ["RAY_ADDRESS"] = "local"
 ray.init(num_cpus=1)
