@@ -110,6 +110,8 @@ _OWN = (
     "address", "num_cpus", "num_gpus", "resources", "object_store_memory", "namespace", "log_to_driver",
     "ignore_reinit_error", "history", "policy", "job", "storage", "_memory",
 )  # fmt: skip
+_NODE_RESOURCES = {"ray": {"node:127.0.0.1": 1.0, "node:__internal_head__": 1.0}}
+"""By these programs that were written for Ray bind a task to a node; under `minray.as_ray` they are there."""
 _REFUSED = {
     "runtime_env": "runtime environments are not supported yet; workers have the driver's environment and sys.path",
     "job_config": "job configurations are not supported yet",
@@ -247,7 +249,7 @@ def _start(given: Mapping[str, Any], announce: bool = False) -> Context:
         if _core is None:
             memory = given.get("memory") or machine.total_memory_bytes() * 7 // 10
             _core = Driver(  # If Ctrl-C was pressed meanwhile, that is felt below: there is a session by then.
-                resources=_resources(given, memory),
+                resources={**_resources(given, memory), **_NODE_RESOURCES.get(exceptions.name_prefix, {})},
                 object_store_memory=_store_bytes(given),
                 namespace=given.get("namespace") or f"anonymous-{os.urandom(4).hex()}",
                 log_to_driver=given.get("log_to_driver", True),

@@ -15,6 +15,9 @@ def where():
 
 
 assert ray.get(where.remote()) in {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+node_ip = ray.util.get_node_ip_address()
+assert ray.nodes()[0]["NodeManagerAddress"] == node_ip
+assert ray.get(where.options(resources={f"node:{node_ip}": 0.001}).remote()) == ray.nodes()[0]["NodeID"]
 late = cluster.add_node(num_cpus=2, resources={"late": 1})
 cluster.wait_for_nodes()
 assert ray.cluster_resources()["CPU"] == 4
