@@ -22,7 +22,10 @@ from outside import waiting
 OUTSIDE = Path(__file__).parent / "outside"
 PROGRAMS = sorted((OUTSIDE / "programs").glob("*.py"))
 LIBRARIES = sorted((OUTSIDE / "libraries").glob("*.py"))
-ENVIRONMENT = {"modin_frame.py": {"MINRAY_PLACEHOLDERS": "ray.data"}}
+ENVIRONMENT = {
+    "modin_frame.py": {"MINRAY_PLACEHOLDERS": "ray.data"},
+    "xgboost_ray_train.py": {"MINRAY_PLACEHOLDERS": "ray.train"},
+}
 """What a library's program needs beside itself: docs/compatibility.md says why."""
 
 

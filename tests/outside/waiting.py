@@ -39,5 +39,6 @@ PROGRAMS = {
 
 LIBRARIES = {
     "modin_frame.py": "asyncio actors, runtime environments",
+    "xgboost_ray_train.py": "placement groups",
 }
 """File in tests/outside/libraries -> what it waits for."""
