@@ -152,7 +152,8 @@ def module(name: str) -> ModuleType:
 
 
 def _is_stub(there: object) -> bool:
-    return getattr(there, "__file__", None) == os.path.join(PATH, "ray", "__init__.py") and type(there) is ModuleType
+    """Whether this is path/ray, which is being imported and puts us in its place."""
+    return getattr(there, "__minray_stub__", False) is True
 
 
 def minray_name(name: str) -> str | None:

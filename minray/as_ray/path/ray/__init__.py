@@ -3,6 +3,8 @@
 import sys
 from os.path import dirname
 
+__minray_stub__ = True
+
 try:
     import minray.as_ray
 except ModuleNotFoundError:  # minray is not installed; it was run out of its directory, which is this one's.
