@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from minray import api, options
@@ -19,6 +20,7 @@ from minray.messages import ActorLookedUp, CallsCounted
 from minray.object_ref import ObjectRef, restore
 from minray.serialization import deserialize, serialize, to_bytes
 from minray.task_spec import ACTOR_CREATION, ACTOR_METHOD, ActorOptions, TaskOptions
+from minray.types import ActorID
 
 _METHOD_OPTIONS = "__minray_method_options__"
 _BUILT_IN = ("__ray_ready__", "__ray_call__", "__ray_terminate__")
@@ -155,6 +157,11 @@ class ActorClass:
 
     def __minray_counts__(self) -> Any:
         return (self._class,)  # For code_digest.py: options change no result.
+
+    @property
+    def __ray_metadata__(self) -> Any:
+        """The plain class, where programs look for it in Ray: ``A.__ray_metadata__.modified_class``."""
+        return SimpleNamespace(modified_class=self._class, class_name=self.__name__)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"{self.__name__} is an actor class: make one with {self.__name__}.remote(...).")
@@ -352,8 +359,8 @@ class ActorHandle:
         self._minray_calls = 0  # at least as many as are pending, if there is a limit to them
 
     @property
-    def _actor_id(self) -> bytes:
-        return self._minray_id
+    def _actor_id(self) -> ActorID:
+        return ActorID(self._minray_id)
 
     _ray_actor_id = _actor_id
 
@@ -380,7 +387,7 @@ class ActorHandle:
         self._minray_calls += 1
 
     def __dir__(self) -> list[str]:
-        return [*self._minray_interface.methods, *object.__dir__(self)]
+        return list(self._minray_interface.methods)  # Wrappers of handles look here what can be called.
 
     def __repr__(self) -> str:
         return f"Actor({self._minray_interface.class_name}, {self._minray_id.hex()})"

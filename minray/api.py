@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
-from minray import options
+from minray import exceptions, options
 from minray.core_worker import CoreWorker
 from minray.generator import ObjectRefGenerator
 from minray.interrupts import raise_deferred
@@ -32,6 +32,7 @@ _init_lock = threading.RLock()
 def core() -> CoreWorker:
     """This process's part of the session; starts one if there is none."""
     if _core is None:
+        _address(None)
         _start({})
         assert _core is not None
     return _core
@@ -54,8 +55,28 @@ def set_core_lookup(lookup: Callable[[], CoreWorker] | None) -> None:
 class Context(Mapping[str, Any]):
     """What `init` returns: a mapping with what there is to know, and a context manager that ends the session."""
 
+    dashboard_url = None
+    """There is no dashboard."""
+
     def __init__(self, facts: dict[str, Any]) -> None:
         self.address_info = facts
+
+    @property
+    def python_version(self) -> str:
+        return sys.version.split()[0]
+
+    @property
+    def ray_version(self) -> str:
+        """The version of Ray whose documentation minray follows."""
+        from minray.as_ray import VERSION
+
+        return VERSION
+
+    @property
+    def ray_commit(self) -> str:
+        from minray import __version__
+
+        return f"minray {__version__}"
 
     def __getitem__(self, key: str) -> Any:
         return self.address_info[key]
@@ -101,6 +122,8 @@ _OWN = (
     "ignore_reinit_error", "history", "policy", "job", "storage", "runtime_env",
     "job_config", "labels", "local_mode", "_memory", "_temp_dir",
 )  # fmt: skip
+_NODE_RESOURCES = {"ray": {"node:127.0.0.1": 1.0, "node:__internal_head__": 1.0}}
+"""By these programs that were written for Ray bind a task to a node; under `minray.as_ray` they are there."""
 
 
 def init(
@@ -128,7 +151,8 @@ def init(
     Needed only to say something about it; the first call of anything else starts one as well.
 
     Args:
-        address: None or "local"; anything else is a ConnectionError (a cluster is not supported yet).
+        address: None or "local" start a session; the address of a `minray.cluster_utils.Cluster`, or "auto" for the
+            newest, starts it with the Cluster's resources; anything else is a ConnectionError.
         num_cpus: CPUs to schedule on; default: what affinity and cgroups allow this process.
         num_gpus: GPUs to schedule on (they need not exist); default: those in CUDA_VISIBLE_DEVICES, else 0.
         resources: amounts of resources of your own, by name.
@@ -149,7 +173,8 @@ def init(
         more: options of Ray that have nothing to act on here are accepted (include_dashboard, logging_level, …).
 
     Returns:
-        A mapping with "address", "node_id", "session_dir"; also a context manager that calls `shutdown`.
+        A mapping with "address", "node_id", "session_dir", "node_ip_address"; also a context manager that calls
+        `shutdown`.
 
     Raises:
         RuntimeError: there is a session already, or this is a worker, or another driver runs this job.
@@ -162,10 +187,16 @@ def init(
     2.0
     """
     _check_init_options(more)
-    if address not in (None, "local"):
-        raise ConnectionError(
-            f"init(address={address!r}): there is no cluster to connect to. Leave address out to start a session here."
-        )
+    cluster = None
+    if _core is None and (address := _address(address)) not in (None, "local"):
+        from minray import cluster_utils
+
+        cluster = cluster_utils.find(address)
+        if (num_cpus, num_gpus, resources, object_store_memory) != (None,) * 4:
+            raise ValueError(
+                f"init(address={address!r}): the nodes of a Cluster say what they have. Leave out num_cpus, num_gpus, "
+                "resources and object_store_memory here, and give them to add_node()."
+            )
     _check_kinds(namespace, log_to_driver, policy)
     _check_labels(labels)
     if job is None and storage is not None:
@@ -179,6 +210,7 @@ def init(
         "root": _root(more.get("_temp_dir")),
         "labels": labels,
         "local_mode": local_mode,
+        **(cluster.options() if cluster is not None else {}),
     }  # fmt: skip
     _add_job(given, runtime_env, job_config)
     with _init_lock:
@@ -196,7 +228,26 @@ def init(
                     "not changed. Call minray.shutdown() first."
                 )
             return _context(_core)
-        return _start(given, announce=True)
+        context = _start(given, announce=True)
+        if cluster is not None:
+            cluster.connected = True
+        return context
+
+
+def _address(given: Any) -> str | None:
+    """Where Ray would connect to: it looks into RAY_ADDRESS, too, which means nothing to a program of minray's own.
+
+    Not asked while a session is running: init(address="auto", ignore_reinit_error=True) in a task is that session."""
+    if given is not None and not isinstance(given, str):
+        raise ValueError(f"init(address=...) must be a string, got {given!r}.")
+    if given is None and exceptions.name_prefix == "ray":
+        given = os.environ.get("RAY_ADDRESS") or None
+        if given is not None and given != "local":
+            raise ConnectionError(
+                f"RAY_ADDRESS={given} asks for a cluster, and minray has none to connect to. Unset it, or say "
+                'ray.init(address="local"), to start a session here.'
+            )
+    return given or None
 
 
 def _check_init_options(more: Mapping[str, Any]) -> None:
@@ -223,7 +274,7 @@ def _start(given: Mapping[str, Any], announce: bool = False) -> Context:
                 return _context(_core)
             memory = given.get("memory") or machine.total_memory_bytes() * 7 // 10
             _core = Driver(  # If Ctrl-C was pressed meanwhile, that is felt below: there is a session by then.
-                resources=_resources(given, memory),
+                resources={**_resources(given, memory), **_NODE_RESOURCES.get(exceptions.name_prefix, {})},
                 object_store_memory=_store_bytes(given),
                 namespace=given.get("namespace") or f"anonymous-{os.urandom(4).hex()}",
                 log_to_driver=given.get("log_to_driver", True),
@@ -363,7 +414,13 @@ def _store_bytes(given: Mapping[str, Any]) -> int | None:
 
 def _context(core: CoreWorker) -> Context:
     path = core.config["session"] if core.client else core.session.path  # type: ignore[attr-defined]
-    return Context({"address": "local", "node_id": core.node_id.hex(), "session_dir": path})
+    facts = {"address": "local", "node_id": core.node_id.hex(), "session_dir": path, "node_ip_address": "127.0.0.1"}
+    return Context(facts)
+
+
+def add_resources(resources: dict[str, float]) -> None:
+    """The node has so much more from now on (a Cluster's add_node); in the driver."""
+    core().add_resources(resources)  # type: ignore[attr-defined]
 
 
 def is_initialized() -> bool:
@@ -438,6 +495,8 @@ def _make_remote(target: Any, given: dict[str, Any]) -> Any:
 
     if isinstance(target, type):
         return ActorClass(target, options.check(given, options.ACTOR, "remote"))
+    if isinstance(getattr(target, "__origin__", None), type):  # A[int]: callable, and makes an A.
+        raise TypeError(f"@minray.remote goes on the class itself, {target.__origin__.__name__}, not on {target!r}.")
     if not callable(target):
         raise TypeError(f"@minray.remote goes on a function or a class, got {target!r}.")
     if isinstance(target, (RemoteFunction, ActorClass)):
@@ -466,8 +525,11 @@ def get(refs: Any, *, timeout: float | None = None) -> Any:
     return core().get(refs, timeout)
 
 
-def put(value: Any) -> ObjectRef[Any]:
-    """Store a value; tasks that get the ref as an argument share it without copies."""
+def put(value: Any, *, _owner: Any = None) -> ObjectRef[Any]:
+    """Store a value; tasks that get the ref as an argument share it without copies.
+
+    _owner (Ray: an actor, with which the value would be lost) has no effect: values are the session's.
+    """
     return core().put(value)
 
 
@@ -482,10 +544,16 @@ def wait(
     An `ObjectRefGenerator` among them is ready when its next item is there, or when it has come to its end.
     fetch_local has no effect on one machine.
 
+    Raises:
+        TypeError: no list of refs.
+        ValueError: a ref came twice, or there are not so many; a timeout below 0.
+
     >>> ready, rest = minray.wait([minray.put(1), minray.put(2)])
     >>> len(ready), len(rest)
     (1, 1)
     """
+    if timeout is not None and timeout < 0:
+        raise ValueError(f"wait(timeout=...) must be a number of seconds, 0 or more, got {timeout!r}.")
     return core().wait(refs, num_returns, timeout)
 
 
@@ -545,6 +613,8 @@ def nodes() -> list[dict[str, Any]]:
         {
             "NodeID": core().node_id.hex(),
             "Alive": True,
+            "alive": True,
+            "NodeName": "127.0.0.1",
             "NodeManagerHostname": socket.gethostname(),
             "NodeManagerAddress": "127.0.0.1",
             "Resources": _query("resources"),

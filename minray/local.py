@@ -356,7 +356,7 @@ class LocalDriver(Driver):
         self._time.install()
 
     def first_rows(self) -> dict[str, list[tuple[Any, ...]]]:
-        return self._first_rows(self._resources, self.arena.capacity)
+        return self._first_rows(self._resources)
 
     def environment_of(self, given: Mapping[str, Any] | None) -> str:
         return _no_environment(given)

@@ -282,6 +282,13 @@ class PlacementGroupRemoved(NamedTuple):
     group_id: bytes
 
 
+class ResourcesAdded(NamedTuple):
+    """The node has more of these from now on."""
+
+    client: int
+    resources: Resources
+
+
 class WorkerStarted(NamedTuple):
     client: int
     pid: int
@@ -325,8 +332,8 @@ Event = Union[
     ItemsYielded, ItemsRequested, RoomAwaited,
     Unpinned, ObjectsAwaited, RequestAbandoned, BlockRequested, BlocksSpilled, BlockRefused, RoomAbandoned, ObjectLost,
     ArgumentLost, CancelRequested, ActorKillRequested, CheckpointTaken, CheckpointFailed, ActorLookedUp, CallsCounted,
-    NodeQueried, PlacementGroupRequested, PlacementGroupRemoved, WorkerStarted, WorkerDied, GcsStalled, GcsRecovered,
-    Ticked,
+    NodeQueried, PlacementGroupRequested, PlacementGroupRemoved, ResourcesAdded, WorkerStarted, WorkerDied, GcsStalled,
+    GcsRecovered, Ticked,
 ]  # fmt: skip
 
 FROM_WORKERS = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from minray import ids
 from minray.lineage import Task
-from minray.messages import ExitWorker, Forget, Ticked, Warn, WorkerDied, WorkerStarted
+from minray.messages import ExitWorker, Forget, ResourcesAdded, Ticked, Warn, WorkerDied, WorkerStarted
 from minray.node_placement import NodePlacement
 from minray.node_tasks import amounts
 from minray.scheduler import SPENT, WorkerRecord
@@ -90,6 +90,10 @@ class NodeWorkers(NodePlacement):
                 + f"The worker's output is in <session>/logs/worker-{worker.client}.log\n"
                 f"To allow more attempts: @minray.remote(max_retries=...).  Its history: minray story {short}",
             )
+
+    def handle_resources_added(self, event: ResourcesAdded, now: float) -> None:
+        """What waits for them runs, with the dispatch that follows every event."""
+        self.scheduler.add_resources(event.resources)
 
     def handle_ticked(self, event: Ticked, now: float) -> None:
         for worker in self.scheduler.tick(now):

@@ -207,7 +207,7 @@ def placement_of(given: Mapping[str, Any], resources: Resources, captured: Place
             "actor must fit into one bundle: ask for less (.options(num_cpus=..., resources=...)), or make larger "
             "bundles."
         )
-    return (group.id, index, captures)
+    return (bytes(group.id), index, captures)
 
 
 def labels_of(given: Mapping[str, Any]) -> tuple[Conditions, ...]:

@@ -392,6 +392,15 @@ class Scheduler:
 
     # ------------------------------------------------------------ resources
 
+    def add_resources(self, resources: Resources) -> None:
+        pool = self.pool
+        for name, amount in resources:
+            pool.total[name] = pool.total.get(name, 0) + amount
+            pool.available[name] = pool.available.get(name, 0) + amount
+        self.pool_size = max(1, pool.total.get("CPU", 0) // UNIT)
+        for gpu in range(len(pool.gpus), pool.total.get("GPU", 0) // UNIT):
+            pool.gpus[gpu] = UNIT
+
     def _pool_for(self, shape: Shape) -> Pool | None:
         """The first pool with its resources free."""
         if not shape.resources and not shape.exclusive and self.room_for(shape) <= 0:

@@ -37,7 +37,7 @@ from time import monotonic
 from types import CoroutineType, FrameType
 from typing import Any
 
-from minray import api, ids, object_ref, process_title
+from minray import api, exceptions, ids, object_ref, process_title
 from minray.clock import EPOCH
 from minray.channel import RECEIVE_BYTES, FrameReader, frame
 from minray.checkpoint import Checkpoints
@@ -360,6 +360,14 @@ class Worker(CoreWorker):
             return lambda *args, **kwargs: self._construct(function, options, args, kwargs)
         return function  # type: ignore[no-any-return]
 
+    def function_name(self, options: TaskOptions) -> str:
+        """As it was defined, not as the task is called."""
+        if options.kind == ACTOR_METHOD:
+            return f"{type(self.actor).__qualname__}.{options.method}"
+        loaded = self._loaded.get(options.function_id)
+        name: str = getattr(loaded, "__qualname__", options.name)
+        return f"{name}.__init__" if options.kind == ACTOR_CREATION else name
+
     def _construct(self, cls: Any, options: TaskOptions, args: Any, kwargs: Any) -> None:
         self.actor_id = self._context.task_id
         self.actor_options = options
@@ -557,7 +565,10 @@ class Worker(CoreWorker):
             wrapped = make_argument_error(error.args[0], options.name)
         else:
             actor_id = self.actor_id.hex() if self.actor_id is not None else None
-            wrapped = make_task_error(error, options.name, os.getpid(), actor_id=actor_id, actor_repr=self._repr())
+            ip = "127.0.0.1" if exceptions.name_prefix == "ray" else None  # Ray's form has it; it tells nothing here.
+            wrapped = make_task_error(
+                error, options.name, os.getpid(), ip=ip, actor_id=actor_id, actor_repr=self._repr()
+            )
         text = _one_line(error)
         if options.kind == ACTOR_CREATION:
             name = options.name.removesuffix(".__init__")
@@ -577,7 +588,9 @@ class Worker(CoreWorker):
         return ERROR, (to_bytes(serialize(wrapped)), text)
 
     def _repr(self) -> str | None:
-        if self.actor is None or type(self.actor).__repr__ is object.__repr__:  # type: ignore[comparison-overlap]
+        if self.actor is None:
+            return None
+        if type(self.actor).__repr__ is object.__repr__ and exceptions.name_prefix != "ray":  # type: ignore[comparison-overlap]
             return None
         try:
             return repr(self.actor)

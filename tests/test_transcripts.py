@@ -335,6 +335,9 @@ class World:
             return cls(client, asked, "", text.strip('"'))
         if kind == "CallsCounted":
             return cls(client, asked, self.id(text))
+        if kind == "ResourcesAdded":
+            pairs = [one.split() for one in parts]
+            return cls(client, tuple((name, round(float(amount) * UNIT)) for name, amount in pairs))
         if kind == "NodeQueried":
             return cls(client, asked, text)
         if kind == "PlacementGroupRequested":

@@ -64,6 +64,11 @@ def check_serialize(value: Any) -> None:
     serialize(value)
 
 
+def get_node_ip_address() -> str:
+    """The address of the machine that this process runs on, as the session knows it: 127.0.0.1, for it has one."""
+    return "127.0.0.1"
+
+
 def list_named_actors(all_namespaces: bool = False) -> list[Any]:
     """The names of all live actors that have one.
 
@@ -89,6 +94,6 @@ def list_named_actors(all_namespaces: bool = False) -> list[Any]:
 
 __all__ = [
     "ActorPool", "Executor", "as_completed", "check_serialize", "deregister_serializer", "get_current_placement_group",
-    "get_placement_group", "inspect_serializability", "list_named_actors", "map_unordered", "placement_group",
-    "placement_group_table", "register_serializer", "remove_placement_group",
+    "get_node_ip_address", "get_placement_group", "inspect_serializability", "list_named_actors", "map_unordered",
+    "placement_group", "placement_group_table", "register_serializer", "remove_placement_group",
 ]  # fmt: skip

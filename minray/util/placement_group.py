@@ -23,6 +23,7 @@ from minray.object_ref import ObjectRef, restore
 from minray.placement import NODE_ID, STRATEGIES, parse_selector
 from minray.serialization import serialize, to_bytes
 from minray.task_spec import UNIT, Resources
+from minray.types import PlacementGroupID
 
 VALID_PLACEMENT_GROUP_STRATEGIES = set(STRATEGIES)
 
@@ -36,13 +37,17 @@ class PlacementGroup:
     >>> minray.util.remove_placement_group(group)
     """
 
-    __slots__ = ("id", "bundle_specs")
+    __slots__ = ("_id", "bundle_specs")
 
     def __init__(self, id: bytes, bundle_specs: Sequence[Mapping[str, float]] = ()) -> None:
-        self.id = id
-        """16 bytes."""
+        self._id = id
         self.bundle_specs: list[dict[str, float]] = [dict(bundle) for bundle in bundle_specs]
         """What each bundle reserves."""
+
+    @property
+    def id(self) -> PlacementGroupID:
+        """16 bytes."""
+        return PlacementGroupID(self._id)
 
     @staticmethod
     def empty() -> PlacementGroup:
@@ -51,7 +56,7 @@ class PlacementGroup:
 
     @property
     def is_empty(self) -> bool:
-        return self.id == ids.NIL
+        return self._id == ids.NIL
 
     @property
     def bundle_count(self) -> int:
@@ -63,7 +68,7 @@ class PlacementGroup:
         `get` raises `PlacementGroupUnschedulableError` if it never will be, TaskPlacementGroupRemoved if it was removed
         before.  No task runs for it.
         """
-        return restore(self.id)
+        return restore(self._id)
 
     def wait(self, timeout_seconds: float = 30) -> bool:
         """Whether the group is placed within so many seconds; at once False if it never will be."""
@@ -74,19 +79,19 @@ class PlacementGroup:
         return True
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, PlacementGroup) and other.id == self.id
+        return isinstance(other, PlacementGroup) and other._id == self._id
 
     def __hash__(self) -> int:
-        return hash(self.id)
+        return hash(self._id)
 
     def __repr__(self) -> str:
-        return f"PlacementGroup({self.id.hex()}, {self.bundle_specs})"
+        return f"PlacementGroup({self._id.hex()}, {self.bundle_specs})"
 
     def __minray_counts__(self) -> Any:
         return (self.bundle_specs,)  # For code_digest.py: where a task runs changes no result.
 
     def __reduce__(self) -> Any:
-        return (PlacementGroup, (self.id, self.bundle_specs))
+        return (PlacementGroup, (self._id, self.bundle_specs))
 
 
 def placement_group(
@@ -132,7 +137,7 @@ def placement_group(
 
     def request(request_id: int) -> PlacementGroupRequested:
         detached = lifetime == "detached"
-        return PlacementGroupRequested(core.client, request_id, group.id, wants, strategy, name, detached, value)
+        return PlacementGroupRequested(core.client, request_id, group._id, wants, strategy, name, detached, value)
 
     if not name:
         core.send_now(request(0))
@@ -205,7 +210,7 @@ def remove_placement_group(placement_group: PlacementGroup) -> None:
     TaskPlacementGroupRemoved and ActorPlacementGroupRemoved.  Of a group that is removed already nothing is left to
     remove."""
     core = api.core()
-    core.send_now(PlacementGroupRemoved(core.client, _checked("remove_placement_group", placement_group).id))
+    core.send_now(PlacementGroupRemoved(core.client, _checked("remove_placement_group", placement_group)._id))
 
 
 def get_placement_group(placement_group_name: str) -> PlacementGroup:
@@ -228,7 +233,7 @@ def placement_group_table(placement_group: PlacementGroup | None = None) -> dict
     found = {row["id"].hex(): _table_row(row) for row in api._query("placement_groups")}
     if placement_group is None:
         return found
-    return found.get(_checked("placement_group_table", placement_group).id.hex(), {})
+    return found.get(_checked("placement_group_table", placement_group)._id.hex(), {})
 
 
 def _table_row(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,8 @@ class PlacementGroupSchedulingStrategy:
         placement_group_bundle_index: int = -1,
         placement_group_capture_child_tasks: bool | None = None,
     ) -> None:
+        if placement_group == "default":  # Ray's old word for it.
+            placement_group = None
         if placement_group is not None and not hasattr(placement_group, "bundle_specs"):
             raise ValueError(
                 f"PlacementGroupSchedulingStrategy() takes a placement group or None, got {placement_group!r}."
