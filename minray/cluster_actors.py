@@ -63,9 +63,7 @@ class DistributedActors(GivenTasks):
             shape = task.template.shape
             stays = not (options.name or options.detached or options.max_restarts) and self.scheduler.could_lease(shape)
             if not stays:
-                entry = self.objects[task.spec.task_id]
-                entry.away = Away(self.up, [])
-                entry.away.asked = True  # The result says when it is there.
+                self._handle_will_come(self.objects[task.spec.task_id], self.up)
                 self._give(self.neighbours[self.up], [task])
                 return
         super()._actor_submitted(task, options, now)
@@ -81,10 +79,8 @@ class DistributedActors(GivenTasks):
                 else:
                     self._seat(self.neighbours[-site.node_no], task)
             for task in staying:
-                if any(self.objects[object_id].data is None for object_id in task.spec.deps):
-                    self._staying[task.spec.task_id] = task
-                    task.state = PENDING_ARGS_AVAIL
-                    self.lineage.count_missing(task)
+                if self._lacks_something(task):
+                    self._stay(task)
                 else:
                     shape.queue.append(task)
             if not shape.queue:

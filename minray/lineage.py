@@ -583,7 +583,8 @@ class Lineage:
             assert entry.replays == needed, f"{short(object_id)}: {entry.replays} replays would need it, not {needed}"
             assert entry.pins == pinned, f"{short(object_id)}: {entry.pins} pins, not {pinned}"
             will_come = entry.task is not None and entry.task.state < FINISHED
-            unwanted = entry.refs <= 0 and not entry.waiters
+            waiters = [w for w in entry.waiters or () if type(w) is Task or w.remaining > 0]  # type: ignore[union-attr]
+            unwanted = entry.refs <= 0 and not waiters
             is_away = entry.away is not None
             assert entry.data is not None or will_come or unwanted or is_away, f"{short(object_id)} never comes"
             where = self.in_arena.get(object_id) is entry, self.spilling.get(object_id) is entry

@@ -368,7 +368,7 @@ class Scheduler:
         ending = []
         surplus = len(self.idle) - self.pool_size
         for worker in list(self.idle.values())[: max(0, surplus)]:
-            if now - worker.idle_since >= IDLE_WORKER_S:
+            if now >= worker.idle_since + IDLE_WORKER_S:  # As the deadline was set: a difference rounds otherwise.
                 ending.append(worker)
             else:
                 self._wake_by(worker.idle_since + IDLE_WORKER_S)
@@ -380,7 +380,7 @@ class Scheduler:
         found = []
         for shape in self.active:
             task = next((task for task in shape.queue if task.state == PENDING_NODE_ASSIGNMENT), None)
-            if shape.starved or task is None or now - task.submitted_s < STARVED_S:
+            if shape.starved or task is None or now < task.submitted_s + STARVED_S:
                 continue
             held_by_actors = Counter[str]()
             for worker in self.workers.values():
@@ -396,12 +396,12 @@ class Scheduler:
         due = []
         for worker in self.workers.values():
             if worker.held_s:
-                if now - worker.held_s >= LOOK_AFTER_S:
+                if now >= worker.held_s + LOOK_AFTER_S:
                     due.append(worker)
                 else:
                     self._wake_by(worker.held_s + LOOK_AFTER_S)
             elif worker.asked_s and len(worker.in_flight) > 1:
-                if now - worker.asked_s >= SILENT_S:
+                if now >= worker.asked_s + SILENT_S:
                     worker.held_s = now
                     self._out.append(HoldNext(worker.client))
                     self._wake_by(now + LOOK_AFTER_S)
