@@ -16,8 +16,10 @@ what the dead instance held is held until the new one has caught up.
 A call that a caller's second attempt submits again is not executed a second time: its result is there,
 or is an error that says so (`Recovery.executed`).
 
-Left out: bounding the log.  It is as long as the user's options say; a checkpoint that finds no room makes it
-longer.  And executing other callers' calls out of order while the first waits for a lost argument: what a call
+The log is bounded: by the user's options, or else by checkpoint.MAX_CALLS and MAX_BYTES.  A checkpoint that finds no
+room makes it longer, up to MAX_LOGGED; then the actor goes on without recovery, and the user is told.
+
+Left out: executing other callers' calls out of order while the first waits for a lost argument: what a call
 does may depend on all before it.
 """
 
@@ -38,6 +40,8 @@ from minray.task_spec import ACTOR_EXITED, ALIVE, CANCELLED, FINISHED, OK, RETRY
 
 MAX_FRUITLESS = 10
 """An instance after the other dies before it has executed one new call: then the actor is given up."""
+MAX_LOGGED = 300_000
+"""A log that no checkpoint has shortened for so many calls is given up."""
 NOBODY = -1
 """In place of a client: nobody waits for what a replay returns."""
 
@@ -132,7 +136,7 @@ class NodeExact(NodeRecovery):
         worker = self.scheduler.workers[event.client]
         actor = worker.actor
         self._grants.pop((event.client, event.object_id), None)
-        if actor is None or actor.recovery is None:
+        if actor is None or actor.recovery is None or actor.unrecoverable:
             self.lineage.drop_value(event.value)
             return
         self.lineage.put(event.object_id, event.value, now)
@@ -175,6 +179,9 @@ class NodeExact(NodeRecovery):
     def _not_saved(self, actor: Actor, recovery: Recovery, reason: str, for_good: bool) -> None:
         now = self._now
         name = f"actor {actor.options.class_name} [{ids.short(actor.actor_id)}]"
+        if not for_good and len(recovery.log) >= MAX_LOGGED:
+            for_good = True
+            reason = f"{reason}\nIt would have to be made from {len(recovery.log):,} calls by now"
         if not for_good:
             if not recovery.warned:
                 recovery.warned = True

@@ -330,7 +330,7 @@ class Worker(CoreWorker):
     def _execute_and_save(self, task: tuple[Any, ...], context: TaskContext) -> None:
         self._execute(task, context)
         checkpoints = self._checkpoints
-        if checkpoints is not None and not self._over and checkpoints.is_due():
+        if checkpoints is not None and not self._over and checkpoints.is_due(task[2]):
             self._save(checkpoints)
             checkpoints.restart()
 

@@ -47,13 +47,14 @@ def descendants() -> list[int]:
     return found
 
 
-def cpu_ns() -> dict[int, int]:
-    spent: dict[int, int] = {}
+def cpu_ns() -> dict[tuple[int, int], int]:
+    """By process and thread."""
+    spent: dict[tuple[int, int], int] = {}
     for pid in descendants():
         try:
             for thread in os.listdir(f"/proc/{pid}/task"):
                 with open(f"/proc/{pid}/task/{thread}/schedstat", "rb") as file:
-                    spent[int(thread)] = int(file.read().split()[0])
+                    spent[pid, int(thread)] = int(file.read().split()[0])
         except OSError:
             continue  # It has ended.
     return spent
@@ -85,7 +86,7 @@ def batches(minray: Any) -> dict[str, tuple[Callable[[], object], int]]:
 
 
 def take_turn() -> None:
-    """In a process of its own, with one of the builds: µs of CPU time a call, of each row."""
+    """In a process of its own, with one of the builds: µs of CPU time a call, of each row and part of it."""
     import minray
 
     answers = {}
@@ -99,11 +100,18 @@ def take_turn() -> None:
                 batch()
                 calls += count
             time.sleep(0.06)  # Their rows are written behind.
-            answers[name] = sum(ns - before.get(thread, 0) for thread, ns in cpu_ns().items()) / calls / 1000
-    print(json.dumps(answers))
+            workers = [worker.pid for worker in minray.api._core.node.scheduler.workers.values()]
+            parts = dict.fromkeys((name, "  driver", "  workers", "  GCS and zygote"), 0.0)
+            for (pid, thread), ns in cpu_ns().items():
+                took = (ns - before.get((pid, thread), 0)) / calls / 1000
+                part = "  driver" if pid == os.getpid() else "  workers" if pid in workers else "  GCS and zygote"
+                parts[name] += took
+                parts[part] += took
+            answers[name] = list(parts.items())
+    print(json.dumps([part for row in answers.values() for part in row]))
 
 
-def turn_of(build: Path) -> dict[str, float]:
+def turn_of(build: Path) -> list[tuple[str, float]]:
     environment = {**os.environ, "PYTHONPATH": str(build)}
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(build)!r}); import minray; "
                f"assert minray.__file__.startswith({str(build)!r}), minray.__file__; "
@@ -119,13 +127,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="turns of each (%(default)s)")
     arguments = parser.parse_args()
     builds = [arguments.other.resolve(), arguments.this.resolve()]
-    turns: list[list[dict[str, float]]] = [[], []]
+    turns: list[list[list[tuple[str, float]]]] = [[], []]
     for number in range(arguments.rounds):
         for which in (0, 1) if number % 2 else (1, 0):
             turns[which].append(turn_of(builds[which]))
     print(f"{arguments.rounds} turns each   fastest tenth: other, this, ratio     median: other, this, ratio of neighbours (quartiles)")
-    for row in turns[0][0]:
-        other, this = ([turn[row] for turn in side] for side in turns)
+    for number, (row, _) in enumerate(turns[0][0]):
+        other, this = ([turn[number][1] for turn in side] for side in turns)
         low, ratio, high = statistics.quantiles([b / a for a, b in zip(other, this)], n=4)
         fast = [statistics.quantiles(side, n=10)[0] for side in (other, this)]
         fastest = f"{fast[0]:7.2f} {fast[1]:7.2f} {fast[1] / fast[0]:6.3f}"
