@@ -123,6 +123,10 @@ class GivenTasks(SharedObjects):
             task.missing += 1
             self.lineage.wait_for(checkpoint, task)
 
+    def _needed_by(self, task: Task) -> list[ObjectEntry]:
+        checkpoint = self._checkpoint_for(task)
+        return super()._needed_by(task) + ([checkpoint] if checkpoint is not None else [])
+
     def _checkpoint_for(self, creation: Task) -> ObjectEntry | None:
         """What the actor that it makes again starts from."""
         actor = self.actors.actors.get(creation.spec.task_id) if creation.spec.actor is not None else None
@@ -133,10 +137,7 @@ class GivenTasks(SharedObjects):
 
     def _lacks_something(self, task: Task) -> bool:
         """What it needs is not here any more, or lies elsewhere."""
-        if any(self.objects[object_id].data is None for object_id in task.spec.deps):
-            return True
-        checkpoint = self._checkpoint_for(task)
-        return checkpoint is not None and checkpoint.data is None
+        return any(entry.data is None for entry in self._needed_by(task))
 
     def _is_at(self, entry: ObjectEntry, node_no: int) -> bool:
         return entry.away is not None and node_no in entry.away.places

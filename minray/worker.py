@@ -165,9 +165,9 @@ class Worker(CoreWorker):
             except IndexError:
                 if self._exiting:
                     break
-                self.flush()
                 self._work.done = False
-                self._idle = True  # Before the look: what comes after it rings.
+                self._idle = True  # Before the look: what comes after it rings, and what others submit they send.
+                self.flush()
                 if not queue and not self._exiting:
                     with suppress(KeyboardInterrupt):
                         self.loop.wait(self._work)
@@ -230,8 +230,6 @@ class Worker(CoreWorker):
         in_main = context is self._context
         context.task_id = task_id
         context.options = options
-        context.prefix = b""
-        context.puts = None
         started_s = EPOCH + monotonic()
         status: int = OK
         payload: Any
@@ -499,8 +497,8 @@ class Worker(CoreWorker):
             self._specs.append(spec.to_wire())
             for index in range(num_returns):
                 self.references.adopt(ids.return_id(spec.task_id, index))
-        if self._blocked or monotonic() - self._sent_s > HOLD_S or len(self._specs) >= 100:
-            self.flush()  # Also when the main thread only reads, in get(): nobody else would send this.
+        if self._blocked or monotonic() - self._sent_s > HOLD_S or len(self._specs) >= 100 or self._idle:
+            self.flush()  # Also when the main thread only reads, in get() or without a task: nobody else would send this.
         else:
             object_ref.rouse()  # Should this task compute now, the caretaker sends the rest.
 
