@@ -137,6 +137,8 @@ class GivenTasks(SharedObjects):
 
     def _lacks_something(self, task: Task) -> bool:
         """What it needs is not here any more, or lies elsewhere."""
+        if not task.spec.deps and task.spec.actor is None:
+            return False
         return any(entry.data is None for entry in self._needed_by(task))
 
     def _is_at(self, entry: ObjectEntry, node_no: int) -> bool:

@@ -55,7 +55,7 @@ class TaskContext:
         self.task_id = task_id
         self.options = options
         self.actor_id = actor_id
-        self.numbers: tuple[bytes, bytes, Any, Any] = (b"", b"", None, None)  # which task's, and of its children and puts
+        self.numbers: tuple[bytes, bytes, Any, Any] = (b"", b"", None, None)  # whose, of children and puts
 
     def next_task_id(self) -> bytes:
         numbers = self.numbers

@@ -498,7 +498,7 @@ class Worker(CoreWorker):
             for index in range(num_returns):
                 self.references.adopt(ids.return_id(spec.task_id, index))
         if self._blocked or monotonic() - self._sent_s > HOLD_S or len(self._specs) >= 100 or self._idle:
-            self.flush()  # Also when the main thread only reads, in get() or without a task: nobody else would send this.
+            self.flush()  # Also when the main thread only reads, in get() or for work: nobody else would send this.
         else:
             object_ref.rouse()  # Should this task compute now, the caretaker sends the rest.
 
