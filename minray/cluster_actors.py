@@ -142,6 +142,9 @@ class DistributedActors(GivenTasks):
         """The head has its record."""
         return self.up != 0 and actor.task.client == self.up
 
+    def _which(self, worker: WorkerRecord) -> str:
+        return "" if type(worker) is Seat else super()._which(worker)  # Whoever told of its end has said where it was.
+
     def _call_lost(self, task: Task, neighbour: Neighbour, reason: str) -> None:
         """Its actor's home was the node that died: the actor died with it."""
         self._fail(

@@ -24,7 +24,7 @@ from simulation import (
 
 from minray import ids
 from minray.cluster_messages import (
-    HEAD, FetchFailed, LoadReported, NodeDied, NodeJoined, ObjectArrived, TasksGiven,
+    HEAD, ActorReleased, FetchFailed, LoadReported, NodeDied, NodeJoined, ObjectArrived, TasksGiven,
 )  # fmt: skip
 from minray.cluster_node import ROWS_A_NODE, SILENT_NODE_S, ClusterNode
 from minray.messages import (
@@ -94,6 +94,7 @@ class Host(Machine):
         if type(event) is ReferencesChanged and event.client in self.node.neighbours and not self.world.losses:  # type: ignore[attr-defined]
             for object_id in event.acquired:
                 known = object_id in self.node.objects or ids.task_of(object_id) in self.node.lineage.tasks
+                known = known or object_id in self.world.let_go
                 assert known, f"{ids.short(object_id)} was freed while its name was on its way"
         super().handle(event)
         if type(event) is TasksGiven:
@@ -177,12 +178,25 @@ class Host(Machine):
         rest = []
         for command in commands:
             if type(command) is TellNode:
+                self.note_names(command)
                 self.world.send(self, -command.client, command.events)
             elif type(command) is FetchObject:
                 self.after(self.world.rng.uniform(0.0001, 0.003), self.read_from, command)
             else:
                 rest.append(command)
         super().carry_out(rest)
+
+    def note_names(self, command: TellNode) -> None:
+        """A call's arguments are held until its result comes, or until its actor's home buries the actor: then the node where
+        it lived may hear of the call, and right behind it that the actor is released."""
+        named = self.world.named
+        for event in command.events:
+            if type(event) is TasksGiven:
+                for spec, *_ in event.tasks:
+                    if spec.actor_id is not None:
+                        named.setdefault((command.client, spec.actor_id), []).extend(spec.deps + spec.nested)
+            elif type(event) is ActorReleased:
+                self.world.let_go.update(named.pop((command.client, event.actor_id), ()))
 
     def read_from(self, command: FetchObject) -> None:
         source = self.world.hosts.get(-command.client)
@@ -280,6 +294,8 @@ class World:
         self.slow: dict[int, float] = {}
         self.cut: dict[int, float] = {}  # node -> until when its link carries nothing
         self.losses = self.deaths = 0
+        self.named: dict[tuple[int, bytes], list[bytes]] = {}  # by the node and the actor there: names in its calls
+        self.let_go: set[bytes] = set()  # those of actors that were released; never iterated
         self.closed: list[tuple[int, int]] = []
         head = self.add_host(self.rng.choice((1, 1, 2)))
         for _ in range(self.rng.choice((1, 1, 2, 3))):
