@@ -357,14 +357,17 @@ class SharedObjects(Node):
     def _make_room(self, size: int) -> None:
         """Drop the least recently used values that others have, too: they need not be written to disk.
 
-        Not those that somebody here waits to read: they would be fetched again at once."""
+        Only what a keeper keeps for us: at the root of its references a value stays, be it in a file.  (Other nodes' copies
+        go when they like; two that each trusted in the other's copy would lose the value.)  And not those that somebody here waits to read: they would be fetched again at once."""
         arena = self.lineage.arena
         wanted: dict[bytes, None] = {}
         for entry in list(self.lineage.in_arena.values()):
             if arena.largest_hole >= size:
                 return
             away = entry.away
-            if away is None or not away.places or entry.pins or entry.object_id in self.lineage.spilling:
+            if away is None or not away.keeper or not away.places:
+                continue
+            if entry.pins or entry.object_id in self.lineage.spilling:
                 continue
             wanted = wanted or self._wanted_here()
             if entry.object_id not in wanted:

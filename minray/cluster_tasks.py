@@ -387,6 +387,8 @@ class GivenTasks(SharedObjects):
             away, entry.away = entry.away, None
             if away is not None and away.keeper:
                 self._give_reference_back(away.keeper, entry.object_id)
+            if new.data is not None and entry.data is None:  # Refused at once.
+                self.lineage.seal(entry, (new.data, new.size, new.nested), new.is_error, self._now)
 
     def _forget_if_done(self, task: Task) -> None:
         if task.state >= FINISHED:

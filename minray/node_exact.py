@@ -152,6 +152,7 @@ class NodeExact(NodeRecovery):
         recovery.num_checkpoints += 1
         recovery.fruitless = 0
         recovery.warned = False
+        recovery.covered += num_covered
         covered = recovery.log[:num_covered]
         del recovery.log[:num_covered]
         recovery.sent -= num_covered
@@ -257,7 +258,7 @@ class NodeExact(NodeRecovery):
                 break  # Its first attempt, which raised and was retried, is on its way: one after the other.
             recovery.next = copy
             if copy.spec.deps and not copy.missing:
-                self.lineage.count_missing(copy)
+                self._count_missing(copy)
             if copy.missing:
                 break
             recovery.next = None
@@ -265,6 +266,9 @@ class NodeExact(NodeRecovery):
             recovery.sent += 1
             batch.append(copy)
         return batch
+
+    def _count_missing(self, copy: Task) -> None:
+        self.lineage.count_missing(copy)
 
     def _copy_of(self, call: Task) -> Task:
         """The call itself has ended, its row is written, and its result is in use: none of that is touched again."""
