@@ -357,8 +357,9 @@ class SharedObjects(Node):
     def _make_room(self, size: int) -> None:
         """Drop the least recently used values that others have, too: they need not be written to disk.
 
-        Only what a keeper keeps for us: at the root of its references a value stays, be it in a file.  (Other nodes' copies
-        go when they like; two that each trusted in the other's copy would lose the value.)  And not those that somebody here waits to read: they would be fetched again at once."""
+        Only what a keeper keeps for us: at the root of its references a value stays, be it in a file.  (Two nodes that
+        each trusted in the other's copy would lose it.)  And not those that somebody here waits to read: they would be
+        fetched again at once."""
         arena = self.lineage.arena
         wanted: dict[bytes, None] = {}
         for entry in list(self.lineage.in_arena.values()):
