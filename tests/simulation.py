@@ -1,5 +1,7 @@
 """A small world for the pure node: fake processes, virtual time, and a seed that decides everything else.
 
+A `Machine` is a node with its processes; here it stands alone (`Simulation`), in cluster_simulation.py among others.
+
 `Simulation(seed).run()` lets a driver and its workers do what programs do (tasks with children,
 dependencies, objects of all sizes, actors with and without names and recovery, waits with and without a time limit,
 cancel, kill) while things go wrong:
