@@ -23,6 +23,7 @@ from minray.api import (
     shutdown,
     wait,
 )
+from minray.generator import DynamicObjectRefGenerator, ObjectRefGenerator
 from minray.object_ref import ObjectRef
 from minray.progress import progress
 
@@ -33,8 +34,10 @@ ObjectID = ObjectRef
 __all__ = [
     "ActorClass",
     "ActorHandle",
+    "DynamicObjectRefGenerator",
     "ObjectID",
     "ObjectRef",
+    "ObjectRefGenerator",
     "available_resources",
     "cancel",
     "cluster_resources",
@@ -69,13 +72,13 @@ def __getattr__(name: str) -> object:
         from minray.story import timeline
 
         return timeline
-    if name in ("dag", "experimental", "state", "testing", "util", "cloudpickle"):
+    if name in ("dag", "experimental", "job_config", "runtime_env", "state", "testing", "util", "cloudpickle"):
         import importlib
 
         return importlib.import_module("cloudpickle" if name == "cloudpickle" else f"minray.{name}")
     if name in ("air", "data", "rllib", "serve", "train", "tune", "workflow"):
         raise AttributeError(f"minray.{name}: minray is Ray Core's part of Ray; Ray's libraries are out of its scope")
-    if name in ("cluster_utils", "runtime_env", "job_config", "cross_language"):
+    if name in ("cluster_utils", "cross_language"):
         raise AttributeError(f"minray.{name} is not there yet (docs/compatibility.md says what is)")
     raise AttributeError(f"module 'minray' has no attribute {name!r}")
 

@@ -14,6 +14,7 @@ from minray import api, options
 from minray.checkpoint import check_class
 from minray.core_worker import CoreWorker
 from minray.exceptions import PendingCallsLimitExceeded
+from minray.generator import made_of, refuse_in_jobs
 from minray.messages import ActorLookedUp, CallsCounted
 from minray.object_ref import ObjectRef, restore
 from minray.serialization import deserialize, serialize, to_bytes
@@ -22,6 +23,8 @@ from minray.task_spec import ACTOR_CREATION, ACTOR_METHOD, ActorOptions, TaskOpt
 _METHOD_OPTIONS = "__minray_method_options__"
 _BUILT_IN = ("__ray_ready__", "__ray_call__", "__ray_terminate__")
 """Methods that every actor has, under the names that Ray's users know."""
+ASYNC_CONCURRENCY = 1000
+"""So many calls of an actor with coroutine methods run at the same time, unless it says otherwise."""
 EXACT_TASK_RETRIES = 3
 """With exact recovery a call is repeated anyway when its actor's worker dies; if it runs each time, so often."""
 
@@ -31,7 +34,7 @@ class ActorClassInheritanceException(TypeError):
 
 
 def method(**given: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Options for a method of an actor: num_returns, max_task_retries, retry_exceptions.
+    """Options for a method of an actor: num_returns, max_task_retries, retry_exceptions, concurrency_group.
 
     >>> @minray.remote
     ... class Pair:
@@ -55,12 +58,12 @@ class MethodTemplate:
 
     It knows no handle: handles keep these, and a cycle would keep an actor alive."""
 
-    __slots__ = ("name", "given", "num_returns", "known_to", "template_no")
+    __slots__ = ("name", "given", "num_returns", "streaming", "backpressure", "known_to", "template_no")
 
     def __init__(self, name: str, given: dict[str, Any]) -> None:
         self.name = name
         self.given = given
-        self.num_returns: int = given.get("num_returns", 1)
+        self.num_returns, self.streaming, self.backpressure = options.returns_of(None, given)
         self.known_to: object = None  # the token of the core that does
         self.template_no = 0
 
@@ -68,15 +71,25 @@ class MethodTemplate:
 class Interface:
     """What every handle to an actor of one class (with the same options) shares.  It travels with each."""
 
-    __slots__ = ("class_name", "methods", "max_task_retries", "max_pending_calls", "templates")
+    __slots__ = (
+        "class_name", "methods", "max_task_retries", "max_pending_calls", "groups", "is_exact", "templates"
+    )  # fmt: skip
 
     def __init__(
-        self, class_name: str, methods: dict[str, dict[str, Any]], max_task_retries: int, max_pending_calls: int
+        self,
+        class_name: str,
+        methods: dict[str, dict[str, Any]],
+        max_task_retries: int,
+        max_pending_calls: int,
+        groups: tuple[str, ...] = (),
+        is_exact: bool = False,
     ) -> None:
         self.class_name = class_name
         self.methods = methods  # names and their @method options
         self.max_task_retries = max_task_retries
         self.max_pending_calls = max_pending_calls  # -1: no limit
+        self.groups = groups  # names of its concurrency groups
+        self.is_exact = is_exact
         self.templates: dict[str, MethodTemplate] = {}  # of this process; those that were used
 
     def template(self, name: str) -> MethodTemplate:
@@ -90,7 +103,24 @@ class Interface:
         return found
 
     def __reduce__(self) -> Any:
-        return (Interface, (self.class_name, self.methods, self.max_task_retries, self.max_pending_calls))
+        return (
+            Interface,
+            (
+                self.class_name, self.methods, self.max_task_retries, self.max_pending_calls, self.groups,
+                self.is_exact,
+            ),
+        )  # fmt: skip
+
+    def check_group(self, name: str, given: dict[str, Any]) -> None:
+        """Raises ValueError if these options of the method put it into a group that there is not."""
+        group = given.get("concurrency_group")
+        if group is not None and group not in self.groups:
+            known = f"It has {', '.join(map(repr, self.groups))}." if self.groups else "It has none."
+            raise ValueError(
+                f"{self.class_name}.{name}() is to run in the concurrency group {group!r}, which {self.class_name} "
+                f"does not have. {known} Groups are made with "
+                f"@minray.remote(concurrency_groups={{{group!r}: 2}}) or {self.class_name}.options(...)."
+            )
 
 
 class ActorClass:
@@ -99,7 +129,8 @@ class ActorClass:
     def __init__(
         self, cls: type, given: dict[str, Any], methods: dict[str, dict[str, Any]] | None = None
     ) -> None:
-        options.check_exact(given, cls.__name__)
+        self._is_async = _has_coroutines(cls)
+        options.check_exact(given, cls.__name__, self._is_async)
         exact = options.is_exact(given)
         if exact:
             check_class(cls, "exact recovery")
@@ -111,6 +142,8 @@ class ActorClass:
             self._methods,
             given.get("max_task_retries", EXACT_TASK_RETRIES if exact else 0),
             given.get("max_pending_calls", -1),
+            tuple(given.get("concurrency_groups", ())),
+            exact,
         )
         self._signature: inspect.Signature | None = None
         self._known_to: object = None  # the token of the core that knows it under the number:
@@ -166,7 +199,7 @@ class ActorClass:
             class_name=self._class.__name__,
             name=name,
             namespace=given.get("namespace") or core.namespace,
-            detached=given.get("lifetime") == "detached",
+            detached=(given.get("lifetime") or core.default_lifetime) == "detached",
             max_restarts=given.get("max_restarts", -1 if options.is_exact(given) else 0),
         )
         actor_id = core.context().next_task_id()
@@ -194,6 +227,8 @@ class ActorClass:
 
     def _introduce(self, core: CoreWorker) -> None:
         given = self._options
+        for name, method_options in self._methods.items():
+            self._interface.check_group(name, method_options)
         self._template_no = core.template(
             TaskOptions(
                 kind=ACTOR_CREATION,
@@ -203,10 +238,13 @@ class ActorClass:
                 # so that a dozen actors fit on two CPUs.
                 resources=options.resources_of(given, default_cpus=0),
                 max_retries=0,
-                max_concurrency=given.get("max_concurrency", 1),
+                max_concurrency=given.get("max_concurrency", ASYNC_CONCURRENCY if self._is_async else 1),
                 checkpoint_every=given.get("checkpoint_every", 0),
                 checkpoint_interval_s=float(given.get("checkpoint_interval_s", 0)),
                 interface=to_bytes(serialize(self._interface, f"the @method options of {self.__name__}")),
+                is_async=self._is_async,
+                concurrency_groups=tuple(given.get("concurrency_groups", {}).items()),
+                runtime_env=core.environment_of(given.get("runtime_env")),
             )
         )
         self._known_to = core.token
@@ -252,11 +290,21 @@ class ActorMethod:
         refs = core.submit(template.template_no, num_returns, args, kwargs, handle._minray_id)
         if num_returns == 1:
             return refs[0]
+        if template.streaming:
+            return made_of(core, refs, template.streaming, template.backpressure)
         return refs or None
 
     def _introduce(self, core: CoreWorker) -> None:
         template, interface = self._template, self._handle._minray_interface
         given = template.given
+        if template.streaming:
+            refuse_in_jobs(core, f"{interface.class_name}.{template.name}")
+            if interface.is_exact:
+                raise NotImplementedError(
+                    f"{interface.class_name}.{template.name}() is a generator whose items would have refs of their "
+                    "own, and the actor has exact recovery: its calls are logged with their results, and items are not "
+                    "yet. The call was not submitted. Return a list, say num_returns=n, or leave out the checkpoints."
+                )
         template.template_no = core.template(
             TaskOptions(
                 kind=ACTOR_METHOD,
@@ -266,6 +314,9 @@ class ActorMethod:
                 num_returns=template.num_returns,
                 max_retries=given.get("max_task_retries", interface.max_task_retries),
                 retry_exceptions=options.retry_exceptions_of(given.get("retry_exceptions", False)),
+                streaming=template.streaming,
+                backpressure=template.backpressure,
+                concurrency_group=given.get("concurrency_group", ""),
             )
         )
         template.known_to = core.token
@@ -273,6 +324,7 @@ class ActorMethod:
     def options(self, **given: Any) -> ActorMethod:
         checked = options.check(given, options.METHOD, "options")
         template = self._template
+        self._handle._minray_interface.check_group(template.name, checked)
         return ActorMethod(self._handle, MethodTemplate(template.name, {**template.given, **checked}))
 
     def _remote(self, args: Any = (), kwargs: Any = None, **given: Any) -> Any:
@@ -391,13 +443,26 @@ def _methods_of(cls: type) -> dict[str, dict[str, Any]]:
         if (name.startswith("__") and name != "__call__") or isinstance(member, type):
             continue
         function = inspect.unwrap(member)
-        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-            raise NotImplementedError(
-                f"{cls.__name__}.{name} is a coroutine method; asyncio actors are not supported yet. "
-                "Use plain methods with max_concurrency=..., which run in threads."
-            )
         methods[name] = getattr(function, _METHOD_OPTIONS, {})
+        yields = inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
+        if yields and "num_returns" not in methods[name]:
+            methods[name] = {**methods[name], "num_returns": "streaming"}
     return methods
+
+
+def _has_coroutines(cls: type) -> bool:
+    """Whether it has a method with `async def`, be it the constructor: then its calls share an event loop."""
+    return any(
+        inspect.iscoroutinefunction(member) or inspect.isasyncgenfunction(member)
+        for base in cls.__mro__[:-1]
+        for member in map(_function_in, vars(base).values())
+    )
+
+
+def _function_in(member: Any) -> Any:
+    if isinstance(member, (staticmethod, classmethod)):
+        member = member.__func__
+    return inspect.unwrap(member) if inspect.isroutine(member) else member
 
 
 def _signature_of(cls: type) -> inspect.Signature:

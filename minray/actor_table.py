@@ -25,6 +25,7 @@ node_exact.py.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -35,7 +36,7 @@ from minray.scheduler import WorkerRecord
 from minray.task_spec import ALIVE, DEAD, DEPENDENCIES_UNREADY, FINISHED, PENDING_CREATION, ActorOptions
 
 MAX_IN_FLIGHT = 1000
-"""Calls handed to an actor's worker and not yet answered; the rest wait here and can be cancelled."""
+"""Calls handed to an actor's worker that do not run yet; the rest wait here."""
 MAX_CALLERS = 10_000
 """Of so many callers, those that called last, an actor with recovery knows which of their calls it has executed."""
 
@@ -118,6 +119,9 @@ class Actor:
         self.died_s = 0.0
         asked = task.template.options
         self.recovery = Recovery() if asked.checkpoint_every or asked.checkpoint_interval_s else None
+        # So many calls run beside the one that every actor can run.  With groups all are handed out: one group that
+        # is full must not hold up the calls of another.
+        self.beside = sys.maxsize if asked.concurrency_groups else asked.concurrency - 1
         self.unrecoverable = ""  # why it has lost its recovery
 
     def enqueue(self, task: Task) -> None:
@@ -144,7 +148,7 @@ class Actor:
         worker = self.worker
         if self.state != ALIVE or worker is None:
             return []
-        room = MAX_IN_FLIGHT - len(worker.in_flight)
+        room = MAX_IN_FLIGHT + self.beside - len(worker.in_flight)
         batch: list[Task] = []
         for caller in list(self.queues):
             if room <= 0:
@@ -168,8 +172,8 @@ class Actor:
         """How many of the calls in hand may have begun when the worker died executing `running`.
 
         Calls run one after the other.  Those behind the running one had not begun; those before it
-        had ended, and their answers were lost on the way.  Threads run them in any order."""
-        if running is not None and self.task.template.options.max_concurrency == 1:
+        had ended, and their answers were lost on the way.  Where several run at the same time, all may have begun."""
+        if running is not None and self.task.template.options.concurrency == 1:
             for index, task in enumerate(calls):
                 if task.spec.task_id == running:
                     return index + 1

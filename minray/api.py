@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any, overload
 
 from minray import options
 from minray.core_worker import CoreWorker
+from minray.generator import ObjectRefGenerator
 from minray.interrupts import raise_deferred
 from minray.object_ref import ObjectRef
 
 if TYPE_CHECKING:
     from minray.actor import ActorClass, ActorHandle
+    from minray.job_config import JobConfig
     from minray.policy import Policy
     from minray.remote_function import RemoteFunction
 
@@ -87,14 +89,12 @@ _ACCEPTED = {
 """Options of Ray that a program may give and that have nothing to act on here; who asks for something is told."""
 _OWN = (
     "address", "num_cpus", "num_gpus", "resources", "object_store_memory", "namespace", "log_to_driver",
-    "ignore_reinit_error", "history", "policy", "job", "storage", "_memory",
+    "ignore_reinit_error", "history", "policy", "job", "storage", "runtime_env",
+    "job_config", "_memory", "_temp_dir",
 )  # fmt: skip
 _REFUSED = {
-    "runtime_env": "runtime environments are not supported yet; workers have the driver's environment and sys.path",
-    "job_config": "job configurations are not supported yet",
     "local_mode": "local mode is not supported yet; a real session starts in milliseconds",
     "labels": "nodes have no labels yet; declare resources={'name': 1} instead",
-    "_temp_dir": "set the environment variable MINRAY_HOME instead",
 }
 
 
@@ -112,6 +112,8 @@ def init(
     policy: Policy | None = None,
     job: str | None = None,
     storage: str | os.PathLike[str] | None = None,
+    runtime_env: Mapping[str, Any] | None = None,
+    job_config: JobConfig | Mapping[str, Any] | None = None,
     **more: Any,
 ) -> Context:
     """Start a session: this process becomes its driver.
@@ -131,6 +133,10 @@ def init(
         policy: a `minray.policy.Policy` with the scheduler's choices.
         job: the name of a durable job: what a run of it has finished, later runs return without running it again.
         storage: the file that keeps a durable job's results; default: one for each job, where sessions are kept.
+        runtime_env: what tasks and actors run in (environment variables, directories, packages), see
+            `minray.runtime_env.RuntimeEnv`.
+        job_config: a `minray.job_config.JobConfig`; options that are given here count more.
+        _temp_dir: where this session's directory is made, instead of $MINRAY_HOME.
         more: options of Ray that have nothing to act on here are accepted (include_dashboard, logging_level, …).
 
     Returns:
@@ -140,6 +146,7 @@ def init(
         RuntimeError: there is a session already, or this is a worker, or another driver runs this job.
         ValueError, OSError: the storage cannot be used, and why.
         TypeError: an option of another name, with the nearest one.
+        RuntimeEnvSetupError: packages of the runtime_env could not be installed; no session is left.
 
     >>> with minray.init(num_cpus=2):
     ...     minray.cluster_resources()["CPU"]
@@ -157,7 +164,9 @@ def init(
         "num_cpus": num_cpus, "num_gpus": num_gpus, "resources": resources, "object_store_memory": object_store_memory,
         "namespace": namespace, "log_to_driver": log_to_driver, "history": history, "policy": policy,
         "memory": more.get("_memory"), "job": (job, storage) if job is not None else None,
+        "root": _root(more.get("_temp_dir")),
     }  # fmt: skip
+    _add_job(given, runtime_env, job_config)
     with _init_lock:
         if _core is not None:
             if not ignore_reinit_error:
@@ -207,7 +216,12 @@ def _start(given: Mapping[str, Any], announce: bool = False) -> Context:
                 version=__version__,
                 warn=lambda text: print(f"minray: {text}", file=sys.stderr),
                 job=given.get("job"),
+                root=given.get("root"),
+                default_lifetime=given.get("default_lifetime"),
+                search_path=given.get("search_path", ()),
             )
+            if given.get("runtime_env"):
+                _enter(_core, given["runtime_env"])
             raise_deferred()
             if announce and sys.stderr is not None and sys.stderr.isatty():
                 cpus = _core.node.describe("resources").get("CPU", 0)
@@ -217,6 +231,54 @@ def _start(given: Mapping[str, Any], announce: bool = False) -> Context:
                     file=sys.stderr,
                 )
         return _context(_core)
+
+
+def _root(temp_dir: Any) -> str | None:
+    if temp_dir is None:
+        return None
+    if not isinstance(temp_dir, (str, os.PathLike)) or not os.fspath(temp_dir):
+        raise ValueError(f"init(_temp_dir=...) must be the path of a directory, got {temp_dir!r}.")
+    return os.fspath(temp_dir)
+
+
+def _add_job(given: dict[str, Any], runtime_env: Any, job_config: Any) -> None:
+    """What the job says of its environment, where init() itself does not."""
+    if runtime_env is not None:
+        from minray.runtime_env import checked
+
+        given["runtime_env"] = checked(runtime_env, "init")
+    if job_config is None:
+        return
+    from minray.job_config import JobConfig
+
+    if isinstance(job_config, Mapping):
+        job_config = JobConfig.from_json(job_config)
+    if not isinstance(job_config, JobConfig):
+        raise TypeError(f"init(job_config=...) must be a minray.job_config.JobConfig, got {job_config!r}.")
+    if runtime_env is None:
+        given["runtime_env"] = job_config.runtime_env
+    if given["namespace"] is None:
+        given["namespace"] = job_config.ray_namespace
+    given["default_lifetime"] = job_config.default_actor_lifetime
+    given["search_path"] = job_config.search_path
+
+
+def _enter(core: CoreWorker, runtime_env: Mapping[str, Any]) -> None:
+    """The job's environment is what all of its tasks inherit.  Its packages are installed now, while somebody waits."""
+    import json
+
+    from minray.worker_environment import install_packages
+
+    try:
+        core.runtime_env = core.environment_of(runtime_env)
+        env = json.loads(core.runtime_env or "{}")
+        if env.get("config", {}).get("eager_install", True):
+            installed = install_packages(env, core.session_path)
+            if installed is not None:
+                os.close(installed[1])
+    except BaseException:
+        shutdown()
+        raise
 
 
 def _resources(given: Mapping[str, Any], memory: int) -> dict[str, float]:
@@ -323,8 +385,9 @@ def remote(*args: Any, **given: Any) -> Any:
     """Make a function's calls tasks, or a class's instances actors.
 
     Options of tasks: num_cpus (default 1), num_gpus, memory, resources, num_returns, name, max_retries (3),
-    retry_exceptions (False), scheduling_strategy.  Of actors: num_cpus (default 0), num_gpus, memory, resources,
-    name, namespace, get_if_exists, lifetime, max_concurrency, max_restarts, max_task_retries, max_pending_calls.
+    retry_exceptions (False), scheduling_strategy, runtime_env, max_calls.  Of actors: num_cpus (default 0), num_gpus,
+    memory, resources, name, namespace, get_if_exists, lifetime, max_concurrency, concurrency_groups, max_restarts,
+    max_task_retries, max_pending_calls, runtime_env.
 
     >>> @minray.remote(num_cpus=0.5, max_retries=0)
     ... def half(x):
@@ -379,13 +442,14 @@ def put(value: Any) -> ObjectRef[Any]:
 
 
 def wait(
-    refs: Sequence[ObjectRef[Any]], *, num_returns: int = 1, timeout: float | None = None, fetch_local: bool = True
-) -> tuple[list[ObjectRef[Any]], list[ObjectRef[Any]]]:
+    refs: Sequence[Any], *, num_returns: int = 1, timeout: float | None = None, fetch_local: bool = True
+) -> tuple[list[Any], list[Any]]:
     """Wait until `num_returns` of the refs are ready, or `timeout` seconds are over.
 
     Returns:
         (ready, not ready), each in the order given; `ready` has at most `num_returns`.
 
+    An `ObjectRefGenerator` among them is ready when its next item is there, or when it has come to its end.
     fetch_local has no effect on one machine.
 
     >>> ready, rest = minray.wait([minray.put(1), minray.put(2)])
@@ -395,15 +459,29 @@ def wait(
     return core().wait(refs, num_returns, timeout)
 
 
-def cancel(ref: ObjectRef[Any], *, force: bool = False, recursive: bool = True) -> None:
+def cancel(ref: ObjectRef[Any] | ObjectRefGenerator, *, force: bool = False, recursive: bool = True) -> None:
     """Cancel a task: getting its result raises TaskCancelledError, unless it has finished.
 
-    A task that has not started will not; in one that runs KeyboardInterrupt is raised.  `force` kills its
-    worker instead; `recursive` cancels what it has submitted, too.  A running method of an actor goes on.
+    A task or call that has not started will not.  In a task that runs KeyboardInterrupt is raised, in a coroutine
+    method of an actor asyncio.CancelledError, where it awaits.  Other methods that run go on: they may ask
+    ``get_runtime_context().is_canceled()``.
+
+    Args:
+        ref: what the task returned.
+        force: kill the worker of a task that runs; getting its result then raises an error that is a
+            WorkerCrashedError, too.
+        recursive: cancel what the task has submitted as well (calls of actors never by force).
+
+    Raises:
+        ValueError: force=True for a call of an actor: it would end the actor.
+        TypeError: `ref` is no ObjectRef.
     """
+    if isinstance(ref, ObjectRefGenerator):
+        ref = ref.completed()
     if type(ref) is not ObjectRef:
         raise TypeError(
-            f"cancel() takes the ObjectRef that a task returned, got {ref!r}. To end an actor: minray.kill()"
+            f"cancel() takes the ObjectRef or ObjectRefGenerator that a task returned, got {ref!r}. "
+            "To end an actor: minray.kill()"
         )
     core().cancel(ref, force, recursive)
 

@@ -202,9 +202,9 @@ class DistributedActors(GivenTasks):
             return
         self._leave_seat(seat, seat.in_flight)
         if event.exited:
-            threads = actor.task.template.options.max_concurrency
+            at_once = actor.task.template.options.concurrency
             # The first was the one that ended it.
-            self._bury(actor, event.reason, now, begun=1 if threads == 1 else None)
+            self._bury(actor, event.reason, now, begun=1 if at_once == 1 else None)
         else:
             self._actor_worker_died(seat, actor, event.running, event.reason, now)
 

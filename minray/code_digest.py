@@ -31,6 +31,7 @@ import dis
 import hashlib
 import os
 import pickle
+import re
 import struct
 import sys
 import sysconfig
@@ -115,7 +116,10 @@ class Digester:
 
     def learn_template(self, number: int, options: TaskOptions) -> None:
         name, code = self._functions.get(options.function_id, (options.name.encode(), b""))
-        self._templates[number] = (_hash(name, options.method.encode(), b"%d" % options.num_returns), code)
+        parts = [name, options.method.encode(), b"%d" % options.num_returns]
+        if options.runtime_env:  # Without the session's directory: the name of a snapshot tells its contents.
+            parts.append(re.sub(r'"[^"]*/runtime_env/', '"', options.runtime_env).encode())
+        self._templates[number] = (_hash(*parts), code)
 
     def of_call(self, template_no: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
         """What is called with what (16 bytes), and the code of it (16 bytes); b"" if that cannot be told."""

@@ -17,7 +17,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import countOf
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -26,6 +26,7 @@ import cloudpickle
 
 from minray import exceptions, ids, object_ref, object_store
 from minray.interrupts import uninterruptible
+from minray.generator import ObjectRefGenerator
 from minray.loop import Loop, Waiter
 from minray.messages import (
     ActorKillRequested, BlockRefused, BlockRequested, BlocksSpilled, CancelRequested, Event, FunctionExported,
@@ -37,6 +38,8 @@ from minray.serialization import INLINE_LIMIT, Serialized, deserialize, flat_chu
 from minray.task_spec import ActorOptions, TaskOptions, TaskSpec
 
 if TYPE_CHECKING:
+    import asyncio
+
     from minray.code_digest import Digester
 
 REQUEST_TIMEOUT_S = 60.0
@@ -109,13 +112,19 @@ class CoreWorker(ABC):
         self.loop: Loop
         self.arena: object_store.Arena
         self.namespace = ""
+        self.session_path = ""
+        self._environments: dict[tuple[str, str], str] = {}  # that were asked for here
+        self.runtime_env = ""  # what tasks submitted here inherit, as in TaskOptions
+        self.default_lifetime: str | None = None  # of actors that do not say: see JobConfig
         self.job_id = b""
         self.unpinned: deque[bytes] = deque()  # appended to by finalizers, in any thread
         self._requests: dict[int, Waiter] = {}
         self._request_ids = itertools.count(1)
         self._templates: dict[TaskOptions, int] = {}
         self._functions: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
-        self._export_lock = threading.Lock()
+        self._template_numbers = itertools.count(1)
+        self.interrupts_change: Callable[[], bool]  # whether the calling thread was in the middle of telling the node
+        self._export_lock = threading.RLock()  # A finalizer that comes in between may export, too.
         self.digester: Digester | None = None  # in durable jobs
         self.token = object()  # for remote functions, to note that they are known here; they must not keep the session
 
@@ -156,6 +165,12 @@ class CoreWorker(ABC):
 
     def request(self, make: Callable[[int], Event], deadline: float | None = None) -> Any:
         """Send an event that is answered; return the answer.  Raises TimeoutError (and abandons it) at the deadline."""
+        if self.interrupts_change():
+            raise RuntimeError(
+                "get(), wait() or a large put() in a finalizer (__del__) or a signal handler came in the middle of a "
+                "change to minray's tables, and cannot wait for its end. Nothing was done. Tasks can be submitted "
+                "there, and actors called and killed."
+            )
         waiter = Waiter()
         request_id = next(self._request_ids)
         self._requests[request_id] = waiter
@@ -224,12 +239,27 @@ class CoreWorker(ABC):
             with self._export_lock:
                 number = self._templates.get(options)
                 if number is None:
-                    number = len(self._templates) + 1
+                    number = next(self._template_numbers)
                     self.send(TemplateDefined(self.client, number, options))
                     if self.digester is not None:
                         self.digester.learn_template(number, options)
                     self._templates[options] = number  # Only now: other threads use it without the lock.
         return number
+
+    def environment_of(self, given: Mapping[str, Any] | None) -> str:
+        """What a task with this runtime_env runs in, when it is submitted here.  Raises ValueError if it cannot be.
+
+        Its directories are read once: ``f.options(runtime_env=...)`` may stand in a loop."""
+        if not given:
+            return self.runtime_env
+        from minray.runtime_env import resolve
+        from minray.worker_environment import store_in
+
+        key = self.runtime_env, repr(given)
+        found = self._environments.get(key)
+        if found is None:
+            found = self._environments[key] = resolve(self.runtime_env, given, store_in(self.session_path))
+        return found
 
     # ------------------------------------------------------------ submitting
 
@@ -419,7 +449,11 @@ class CoreWorker(ABC):
     @staticmethod
     def _explain_no_refs(what: str, got: Any, where: str = "") -> Any:
         hint = ""
-        if hasattr(got, "remote"):
+        if type(got) is ObjectRefGenerator:
+            hint = " Did you mean get(next(gen)), or get(list(gen)) for all of them?"
+            if what == "wait":
+                hint = " Did you mean wait([gen])?"
+        elif hasattr(got, "remote"):
             name = getattr(got, "__name__", "f")
             hint = f" Did you mean {what}({name}.remote(...))?"
         elif isinstance(got, (set, frozenset)) or hasattr(got, "__next__"):
@@ -441,10 +475,12 @@ class CoreWorker(ABC):
             self._explain_no_refs("wait", refs)
         if not refs:
             return [], []
+        awaited = refs
         if countOf(map(type, refs), ObjectRef) != len(refs):  # In C: who drains refs one by one looks at all each time.
             for ref in refs:
-                if type(ref) is not ObjectRef:
+                if type(ref) is not ObjectRef and type(ref) is not ObjectRefGenerator:
                     self._explain_no_refs("wait", ref, "a list with ")
+            awaited = [ref.awaited() if type(ref) is ObjectRefGenerator else ref for ref in refs]
         if len(set(refs)) != len(refs):
             raise ValueError(f"wait() takes each ObjectRef once; {len(refs) - len(set(refs))} of them came twice.")
         if type(num_returns) is not int or not 0 < num_returns <= len(refs):
@@ -452,7 +488,7 @@ class CoreWorker(ABC):
                 f"wait(num_returns=...) must be between 1 and the number of refs ({len(refs)}), got {num_returns!r}."
             )
         deadline = None if timeout is None else monotonic() + timeout
-        positions = self.ready_positions(refs, num_returns, deadline)
+        positions = self.ready_positions(awaited, num_returns, deadline)
         if len(positions) == 1:  # Draining one by one: slices are 50 times faster than looking at each.
             (at,) = positions
             return [refs[at]], [*refs[:at], *refs[at + 1 :]]
@@ -464,11 +500,48 @@ class CoreWorker(ABC):
         self.await_future(_FutureWaiter(self, ref, result))
         return result
 
+    def answer_to(self, make: Callable[[int], Event]) -> concurrent.futures.Future[Any]:
+        """Send an event that is answered; a future of the answer."""
+        result: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        request_id = next(self._request_ids)
+        self._requests[request_id] = _AnswerWaiter(result)
+        self.send_soon(make(request_id))
+        return result
+
+    def taken_over(self, object_id: bytes, had: Sequence[bytes]) -> ObjectRef[Any]:
+        """A ref that the node has counted for this process when it answered.
+
+        `had`: for what this process had refs to before, it has kept another hold until now."""
+        if object_id in had:
+            self.unpinned.append(object_id)
+            return object_ref.restore(object_id)
+        self.references.adopt(object_id)
+        return new_ref(object_id)
+
     def await_future(self, waiter: _FutureWaiter) -> None:
         request_id = next(self._request_ids)
         self._requests[request_id] = waiter
         # The ref itself is kept by the waiter; plain bytes travel.
-        self.send_now(ObjectsAwaited(self.client, request_id, [bytes(waiter.ref)], 1, True, False))
+        self.send_soon(ObjectsAwaited(self.client, request_id, [bytes(waiter.ref)], 1, True, False))
+
+    def send_soon(self, event: Event) -> None:
+        """Tell the node before this thread sleeps."""
+        self.send_now(event)
+
+    def asyncio_future(self, ref: ObjectRef[Any]) -> asyncio.Future[Any]:
+        """A future of the event loop that runs in this thread."""
+        import asyncio
+
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise RuntimeError(
+                "`await ref` and ref.as_future() need a running event loop of asyncio, and there is none in this "
+                "thread. Use minray.get(ref), or run the coroutine with asyncio.run(...)."
+            ) from None
+        waiter = _LoopWaiter(self, ref, loop)
+        self.await_future(waiter)
+        return waiter.result
 
     def value_now(self, ref: ObjectRef[Any], answer: Any) -> Any:
         """The value that an answer brings; its error, or ValueLost, is raised.  Does not wait: it runs in the loop."""
@@ -520,6 +593,75 @@ class _FutureWaiter(Waiter):
         self.done = True
         if self._future.running() or self._future.set_running_or_notify_cancel():
             self._future.set_exception(error)
+
+
+class _AnswerWaiter(_FutureWaiter):
+    """Sets a future to the answer as it is."""
+
+    __slots__ = ()
+
+    def __init__(self, future: concurrent.futures.Future[Any]) -> None:
+        Waiter.__init__(self)
+        self._future = future
+
+    def set(self, answer: Any = None) -> None:
+        self.done = True
+        if self._future.running() or self._future.set_running_or_notify_cancel():
+            self._future.set_result(answer)
+
+
+class _LoopWaiter(_FutureWaiter):
+    """Sets a future of an event loop, in that loop's thread."""
+
+    __slots__ = ("result", "_loop", "_thread")
+
+    def __init__(self, core: CoreWorker, ref: ObjectRef[Any], loop: asyncio.AbstractEventLoop) -> None:
+        Waiter.__init__(self)
+        self._core = core
+        self.ref = ref
+        self.result: asyncio.Future[Any] = loop.create_future()
+        self._loop = loop
+        self._thread = threading.get_ident()
+
+    def set(self, answer: Any = None) -> None:
+        self.done = True
+        if threading.get_ident() == self._thread:
+            self._resolve(answer)
+        else:
+            self._in_loop(self._resolve, answer)
+
+    def fail(self, error: BaseException) -> None:
+        self.done = True
+        self._in_loop(self._settle, error)
+
+    def _in_loop(self, act: Callable[[Any], None], argument: Any) -> None:
+        try:
+            self._loop.call_soon_threadsafe(act, argument)
+        except RuntimeError:  # The loop has been closed, so nobody waits.
+            if act == self._resolve:
+                self._core.unpin_unread(argument or ())
+
+    def _resolve(self, answer: Any) -> None:
+        if self.result.done():  # Cancelled.
+            self._core.unpin_unread(answer or ())
+            return
+        try:
+            value = self._core.value_now(self.ref, answer)
+        except ValueLost as lost:
+            self._core.tell_lost(lost)
+            self._core.await_future(self)
+        except BaseException as error:
+            self._settle(error)
+        else:
+            self.result.set_result(value)
+
+    def _settle(self, error: BaseException) -> None:
+        if self.result.done():
+            return
+        try:
+            self.result.set_exception(error)
+        except TypeError:  # A StopIteration cannot leave a coroutine.
+            self.result.set_exception(RuntimeError(f"the task raised StopIteration: {error}"))
 
 
 def _fault(error: OSError) -> str:

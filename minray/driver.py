@@ -8,7 +8,6 @@ table, without a lock (its entries only ever change from pending to ready).
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
 import threading
@@ -18,14 +17,13 @@ from contextlib import ExitStack, suppress
 from itertools import compress, count, islice
 from operator import attrgetter
 from time import monotonic
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from minray import clock, ids, machine
+from minray import clock, ids, machine, process_title
 from minray.core_worker import CoreWorker, TaskContext, ValueLost, raise_stored
 from minray.ending import Ending
 from minray.exceptions import GetTimeoutError
-from minray.interrupts import interrupt, interruptible, raise_deferred, uninterruptible
+from minray.interrupts import guard_handlers, interruptible, raise_deferred, unguard_handlers, uninterruptible
 from minray.loop import Loop, Waiter
 from minray.messages import DRIVER, Event, NodeQueried, ObjectsAwaited
 from minray.node import Node
@@ -61,24 +59,27 @@ class Driver(CoreWorker):
         version: str,
         warn: Callable[[str], None],
         job: tuple[str, Any] | None = None,
+        root: str | None = None,
+        default_lifetime: str | None = None,
+        search_path: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.references = References()
-        self._guard: Any = None  # the handler of SIGINT that was set here last, and the one before it
-        self._unguarded: Any = None
         self._main_thread = threading.main_thread().ident
         self._guard_interrupts()
         self._ending = Ending()
         with ExitStack() as undo:  # Should anything fail here, nothing stays.
-            undo.callback(self._unguard_interrupts)
+            undo.callback(unguard_handlers)
             undo.callback(self._ending.unwatch)
-            for name in sweep():
+            for name in sweep(root):
                 from minray.gcs import close_file
 
-                close_file(os.path.join(open_root(), FINISHED, name, "gcs.sqlite"))
-            self.session = Session.create()
+                close_file(os.path.join(open_root(root), FINISHED, name, "gcs.sqlite"))
+            self.session = Session.create(root)
             undo.callback(self.session.finish)
             self.namespace = namespace
+            self.session_path = self.session.path
+            self.default_lifetime = default_lifetime
             self.started_s = clock.now()
             self.version = version
             self.job_id = ids.root_task_id(os.urandom(16))  # A job is a driver's run, and the driver is its root task.
@@ -99,6 +100,9 @@ class Driver(CoreWorker):
                     "log_to_driver": log_to_driver,
                     "preload": ["numpy"] if "numpy" in sys.modules else [],
                     "namespace": namespace,
+                    "default_lifetime": default_lifetime,
+                    "search_path": list(search_path),
+                    "title": process_title.prefix,
                     "job_id": self.job_id,
                     "job": self.job.config() if self.job is not None else None,
                     "gpus": _visible_gpus(int(resources.get("GPU", 0))),
@@ -128,6 +132,7 @@ class Driver(CoreWorker):
                 self._print_output, self._running_task, self._hold_next,
             )  # fmt: skip
             undo.callback(self.raylet.close)
+            self.interrupts_change = self.raylet.interrupts_change
             self.raylet.flush_each = self.job is not None
             self.loop = Loop(self._poll, self.raylet.wake, "minray-loop")
             self.connect()
@@ -168,28 +173,11 @@ class Driver(CoreWorker):
         node_row = (1, self.node_id, socket.gethostname(), 0, json.dumps(resources), capacity)
         return {"jobs": [tuple(self._job_row)], "nodes": [node_row]}
 
-    # ------------------------------------------------------------ Ctrl-C
+    # ------------------------------------------------------------ signals
 
     def _guard_interrupts(self) -> None:
-        """Defer a KeyboardInterrupt that would come in the middle of a change to the tables.
-
-        Called again before each wait: a session may have been started by another thread, and a notebook sets
-        the handler anew for each cell.
-        """
-        old = signal.getsignal(signal.SIGINT)
-        if old is self._guard or not callable(old) or threading.get_ident() != self._main_thread:
-            return
-
-        def guard(number: int, at: FrameType | None) -> None:
-            interrupt(at, lambda: old(number, at))
-
-        self._guard, self._unguarded = guard, old
-        signal.signal(signal.SIGINT, guard)
-
-    def _unguard_interrupts(self) -> None:
-        if self._guard is not None and signal.getsignal(signal.SIGINT) is self._guard:
-            with suppress(ValueError):  # Not in the main thread.
-                signal.signal(signal.SIGINT, self._unguarded)
+        if threading.get_ident() == self._main_thread:  # Else the session was started by another thread.
+            guard_handlers()
 
     # ------------------------------------------------------------ output of workers
 
@@ -392,7 +380,7 @@ class Driver(CoreWorker):
         if self.job is not None:
             self.job.close()
         self._ending.unwatch()
-        self._unguard_interrupts()
+        unguard_handlers()
 
     def _on_last_notice(self, notice: tuple[Any, ...]) -> None:
         if notice[0] == "output":

@@ -117,6 +117,12 @@ class WorkerCrashedError(RayError):
     """The worker died while it ran the task."""
 
 
+class TaskCancelledByForceError(TaskCancelledError, WorkerCrashedError):
+    """The task was cancelled with force=True: its worker was killed.
+
+    Ray raises WorkerCrashedError for this one, so it is both."""
+
+
 class ReplayDivergedError(RayError):
     """A task did something else when it was run again: it does not depend on its arguments alone."""
 

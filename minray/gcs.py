@@ -24,7 +24,7 @@ Its contract with the node:
    `CHECK_S`: longer would keep it from being back within a second.  That finds damage to the
    form of some 200 MB; ``minray check`` finds the rest.
 5. End of file means that the driver is gone: an open job is marked FAILED, and the file
-   is left as one plain file without a WAL.
+   is left as one plain file without a WAL (unless the disk is full: then the WAL stays beside it).
 
 History is bounded: of finished tasks, freed objects and events the newest ``history``
 rows are kept (80 % of them right after a pruning, one group of rows more right before),
@@ -53,6 +53,7 @@ import signal
 import socket
 import sqlite3
 import struct
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -380,9 +381,8 @@ def _insist(step: Callable[[], T], sock: socket.socket, seq: int, paths: Sequenc
             kind = _TRANSIENT.get(str(error)) or ("damaged" if str(error).startswith(_DAMAGED) else "invalid")
             if kind != told:
                 where = f" ({' or '.join(paths)})"
-                if kind in _TRANSIENT.values() and paths:
-                    path, free = _scarcest(paths)
-                    where = f" ({path}, where {free:,} bytes are free)"
+                if kind in _TRANSIENT.values():
+                    where, free = _scarcest(paths)
                     if kind == "disk_io" and free < FULL_BYTES:
                         kind = "disk_full"
                 _answer(sock, ("error", seq, kind, f"{error}{where}"))
@@ -392,16 +392,15 @@ def _insist(step: Callable[[], T], sock: socket.socket, seq: int, paths: Sequenc
 
 
 def _scarcest(paths: Sequence[str]) -> tuple[str, int]:
-    """The file that has the least space, and how much that is in bytes; 0 if its directory cannot be looked at."""
-    free = []
+    """The file that has the least space, for messages: " (<path>, where 4,096 bytes are free)"; and that number."""
+    free: list[tuple[int, str]] = []
     for path in paths:
-        space = 0
         with contextlib.suppress(OSError):
             about = os.statvfs(os.path.dirname(path))
-            space = about.f_bavail * about.f_frsize
-        free.append((space, path))
-    space, path = min(free)
-    return path, space
+            free.append((about.f_bavail * about.f_frsize, path))
+    if not free:
+        return "", FULL_BYTES
+    return f" ({min(free)[1]}, where {min(free)[0]:,} bytes are free)", min(free)[0]
 
 
 def close_file(path: str) -> None:
@@ -414,7 +413,7 @@ def close_file(path: str) -> None:
 
 
 def main(sock: socket.socket, path: str, history: int = HISTORY, job: dict[str, Any] | None = None) -> None:
-    """The body of the GCS process; returns when the driver is gone.
+    """The body of the GCS process; returns when the driver is gone, or exits with 1 if the disk is still full then.
 
     Meant for a process of its own: it changes the umask, signals and garbage collection.
     """
@@ -422,8 +421,14 @@ def main(sock: socket.socket, path: str, history: int = HISTORY, job: dict[str, 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, whose end we see anyway.
     gc.disable()  # Rows hold no cycles, and looking for some costs 0.15 µs a row.
     paths = [path] if job is None else [path, job["path"]]
-    gcs = _insist(partial(Gcs, path, history, job), sock, 0, paths)
     try:
-        serve(sock, gcs, paths)
-    finally:
-        gcs.database.close()
+        gcs = _insist(partial(Gcs, path, history, job), sock, 0, paths)
+        with contextlib.closing(gcs.database):
+            serve(sock, gcs, paths)
+    except sqlite3.OperationalError as error:
+        if str(error) not in _TRANSIENT:
+            raise
+        # The driver is gone: nobody is left to wait, or to make room.
+        left = f"{error}{_scarcest(paths)[0]}. What was committed before is there, some of it in its -wal file."
+        print(f"minray: the GCS ends without having written everything: {left}", file=sys.stderr)
+        sys.exit(1)

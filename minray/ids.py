@@ -5,7 +5,8 @@ An ID is 16 bytes: ``prefix`` (8) + ``counter`` (4) + ``index`` (4), big endian.
 * ``prefix`` is a hash of the parent task's ID, so it is computed once a parent.
 * ``counter`` numbers the children of that parent, from 1, in program order.
 * ``index`` is 0 for the task itself *and* for its first return value (a task and
-  its first result share one name), ``i`` for return value ``i``, and
+  its first result share one name), ``i`` for return value ``i`` (a streaming generator has two,
+  see node_streams.py, and item ``k`` of it is return ``k + 2``), and
   ``PUT_BIT | n`` for the n-th object that the task itself ``put``, and with
   ``CHECKPOINT_BIT`` as well for the n-th checkpoint of an actor.  Its two highest values mark
   the IDs of workers and nodes: the job's prefix and a number.
@@ -55,6 +56,16 @@ def return_id(task_id: bytes, index: int) -> bytes:
     return task_id[:12] + index.to_bytes(4, "big")
 
 
+def item_id(task_id: bytes, item: int) -> bytes:
+    """What a streaming generator has yielded, counted from 0; behind its two returns: its end, and its reader."""
+    return task_id[:12] + (item + 2).to_bytes(4, "big")
+
+
+def reader_id(task_id: bytes) -> bytes:
+    """The object that stands for whoever reads a streaming generator: see node_streams.py."""
+    return task_id[:12] + b"\0\0\0\1"
+
+
 def put_id(task_id: bytes, count: int) -> bytes:
     return task_id[:12] + (PUT_BIT | count).to_bytes(4, "big")
 
@@ -65,6 +76,11 @@ def checkpoint_id(actor_id: bytes, count: int) -> bytes:
 
 def is_put(object_id: bytes) -> bool:
     return bool(object_id[12] & 0x80)
+
+
+def index_of(object_id: bytes) -> int:
+    """Which return of its task it is."""
+    return int.from_bytes(object_id[12:], "big")
 
 
 def counter_of(task_id: bytes) -> int:

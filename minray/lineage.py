@@ -50,7 +50,10 @@ if TYPE_CHECKING:
 class Template:
     """`TaskOptions` as the node keeps them: with a number, a queue, and what it has learned."""
 
-    __slots__ = ("no", "options", "shape", "mean_s", "max_s", "may_repeat", "may_replay")
+    __slots__ = (
+        "no", "options", "shape", "mean_s", "max_s", "may_repeat", "may_replay", "num_returns", "num_kept",
+        "minds_freeing",
+    )  # fmt: skip
 
     def __init__(self, no: int, options: TaskOptions, shape: Shape) -> None:
         self.no = no  # the node's own number, the same on every wire and in the GCS
@@ -62,6 +65,10 @@ class Template:
         self.may_repeat = options.max_retries != 0 or options.kind == ACTOR_METHOD
         # A call met a state that is not there any more.
         self.may_replay = options.max_retries != 0 and options.kind == TASK
+        self.num_returns = options.num_returns
+        # How many of its returns are kept for a second attempt of its parent: a reader has no value to keep.
+        self.num_kept = options.num_returns if not options.streaming else 1
+        self.minds_freeing = options.kind == ACTOR_CREATION or options.streaming != 0  # somebody wants to know of it
 
 
 class Task:
@@ -70,10 +77,11 @@ class Task:
     __slots__ = (
         "spec", "template", "no", "parent_no", "client", "state", "attempt", "retries_left", "missing", "worker",
         "live_returns", "last_child", "caller", "cancelled", "error", "result_bytes", "submitted_s", "started_s",
-        "finished_s", "dirty", "origins", "children",
+        "finished_s", "dirty", "origins", "children", "stream",
     )  # fmt: skip
 
     caller: int | bytes  # of an actor's call: whose calls it stays in order with (see actor_table)
+    stream: Stream  # of a generator whose items have refs of their own
 
     def __init__(self, spec: TaskSpec, template: Template, no: int, parent_no: int, client: int, now: float) -> None:
         self.spec = spec
@@ -97,6 +105,38 @@ class Task:
         self.started_s = 0.0
         self.finished_s = 0.0
         self.dirty = False  # stands in the list of rows to record
+
+
+class Stream:
+    """The items that a generator yields: how many there are, and who has them.  Changed by node_streams.py alone.
+
+    While somebody reads, the stream holds a ref to each item that was not taken, and to the one after the last:
+    that is pending, or, at the end, stands for the end, so that who waits for it is told."""
+
+    __slots__ = (
+        "num_items", "num_taken", "is_read", "ended", "failed", "attempt", "num_yielded", "room", "lost",
+        "gaps", "parent", "kept",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.num_items = 0  # known, over all attempts; an error at the end is one of them
+        self.num_taken = 0  # by its reader, the first ones
+        self.is_read = True  # its reader is there; of a DYNAMIC one that is the task itself, until it has ended
+        self.ended = False  # no more will come
+        self.failed = False  # the last one is an error
+        self.attempt = 0  # of the task: the one that last yielded,
+        self.num_yielded = 0  # so many
+        self.room: Request | None = None  # the generator pauses; answered, or given up, if nothing remains of it
+        self.lost: dict[bytes, None] = {}  # items that the run in hand, or one more, has to make again
+        self.gaps: dict[int, None] = {}  # items that a new reader would find freed: made again when it comes to one
+        # A second attempt of the task that reads it begins anew; items are kept for that like other children's returns:
+        self.parent: Task | None = None  # in its `children`
+        self.kept: list[bytes] | None = None  # or here, of an actor with recovery: see node_exact.py
+
+    def held(self) -> list[int]:
+        """The items that it holds a ref to."""
+        items = range(self.num_taken, self.num_items + 1) if self.is_read else ()
+        return [item for item in items if item not in self.gaps]
 
 
 class Request:
@@ -187,6 +227,8 @@ class Lineage:
         self._wanted_again = wanted_again
         self.awaited_away: Callable[[ObjectEntry, Task | Request], None]  # set, and used, on a cluster only
         self.away_let_go: Callable[[ObjectEntry], None]
+        self.stream_opened: Callable[[Task], None]  # set by the node
+        self.reader_gone: Callable[[Task], None]
         self.replayable: dict[bytes, Task] = {}  # the oldest first
 
     # ------------------------------------------------------------ making
@@ -196,14 +238,17 @@ class Lineage:
         spec = task.spec
         task_id = spec.task_id
         self.tasks[task_id] = task
-        num_returns = task.template.options.num_returns
+        num_returns = task.template.num_returns
         if num_returns == 1:
             self.objects[task_id] = ObjectEntry(task_id, task, 1)
+            task.live_returns = 1
         else:
             for index in range(num_returns):
                 return_id = ids.return_id(task_id, index)
                 self.objects[return_id] = ObjectEntry(return_id, task, 1)
-        task.live_returns = num_returns
+            task.live_returns = num_returns
+            if task.template.options.streaming:
+                self.stream_opened(task)
         if spec.deps or spec.nested:
             self.hold_arguments(task)
 
@@ -306,6 +351,8 @@ class Lineage:
         if entry is None:
             object_id = bytes(object_id)  # Never a ref itself: the table would keep alive what it counts.
             task = None if ids.is_put(object_id) else self.tasks.get(ids.task_of(object_id))
+            if task is not None and ids.index_of(object_id) >= task.template.num_returns:
+                task = None  # It is an item that was freed, or its task is another one than its holder believes.
             if task is not None and (task.state < FINISHED or task.spec.actor is not None):
                 entry = self.objects[object_id] = ObjectEntry(object_id, task, 0)
                 task.live_returns += 1
@@ -325,17 +372,26 @@ class Lineage:
         kept = parent.children
         if kept is None:
             kept = parent.children = deque()
-        for index in range(child.template.options.num_returns):
+        for index in range(child.template.num_kept):
             object_id = ids.return_id(child.spec.task_id, index)
             self.objects[object_id].replays += 1
             kept.append(object_id)
         while len(kept) > MAX_CHILDREN:
             self._unkeep(kept.popleft())
+        if child.template.options.streaming:
+            child.stream.parent = parent
+
+    def keep_item(self, parent: Task, entry: ObjectEntry) -> None:
+        """Likewise, of a generator that the parent has submitted."""
+        if parent.children is not None:
+            entry.replays += 1
+            parent.children.append(entry.object_id)
+            if len(parent.children) > MAX_CHILDREN:
+                self._unkeep(parent.children.popleft())
 
     def forget_child(self, parent: Task, child: Task) -> None:
-        for index in range(child.template.options.num_returns):
-            object_id = ids.return_id(child.spec.task_id, index)
-            if parent.children is not None and object_id in parent.children:
+        for object_id in [one for one in parent.children or () if ids.task_of(one) == child.spec.task_id]:
+            if parent.children is not None:
                 parent.children.remove(object_id)
                 self._unkeep(object_id)
 
@@ -451,12 +507,21 @@ class Lineage:
             task = entry.task
             if task is not None:
                 task.live_returns -= 1
-                if task.template.options.kind == ACTOR_CREATION:
-                    self._handle_dropped(entry.object_id)
-                elif not task.live_returns and task.state >= FINISHED:
+                if task.template.minds_freeing and self._stands_for_somebody(entry, task):
+                    continue
+                if not task.live_returns and task.state >= FINISHED:
                     self.tasks.pop(task.spec.task_id, None)
                     if task.origins is not None:
                         self._forget_lineage(task, doomed)
+
+    def _stands_for_somebody(self, entry: ObjectEntry, task: Task) -> bool:
+        """An actor, or the reader of a generator: tell the node that it is gone.  True: that was all."""
+        if not task.template.options.streaming:
+            self._handle_dropped(entry.object_id)
+            return True
+        if entry.object_id == ids.reader_id(entry.object_id):
+            self.reader_gone(task)
+        return False
 
     def _let_go(self, entry: ObjectEntry, doomed: deque[ObjectEntry]) -> None:
         """The value's memory, its row, and the objects that only it kept."""

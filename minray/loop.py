@@ -31,8 +31,12 @@ sleeps costs both sides more than the answer takes (sync calls 5,000/s without, 
 process never spins: its last wait was long."""
 WORTH_SPINNING_S = 0.00025
 """A wait that ended by then, waking included, would have been met by spinning."""
+HOLD_S = 0.001
+"""In a worker a result waits at most this long for company."""
 HAND_OVER_S = 0.02
 """How long a thread waits for the caretaker to step back before it lets the caretaker serve it."""
+CLOSE_S = 5.0
+"""How long `close` waits for the thread that polls: it handles what it has in hand, and sees the end."""
 RECHECK_S = 1.0
 """The longest that a thread sleeps without looking again: a bound, not a pace."""
 
@@ -84,6 +88,7 @@ class Loop:
         self._nudge = threading.Lock()  # the caretaker sleeps on it while others lead
         self._nudge.acquire()
         self._closed = False
+        self.glance: Callable[[], object] = lambda: None  # now and then, while others lead
         self._thread = threading.Thread(target=self._take_care, name=name, daemon=True)
 
     def start(self) -> None:
@@ -96,9 +101,10 @@ class Loop:
         self._nudge_caretaker()
         for follower in list(self._followers):
             follower.ring()
-        self._lead.acquire(timeout=5)  # For good.
+        if self._leader != threading.get_ident():  # Else a signal handler of the program ends the session, in a wait.
+            self._lead.acquire(timeout=CLOSE_S)  # For good.
         if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join(timeout=5)
+            self._thread.join(timeout=CLOSE_S)
 
     def wait(self, waiter: Waiter, deadline: float | None = None) -> bool:
         """Until `waiter` is set; False when the monotonic `deadline` comes first."""
@@ -117,6 +123,9 @@ class Loop:
             if self._lead.acquire(blocking=False) or self._relieve_caretaker():
                 self._leader = threading.get_ident()
                 try:
+                    # What the caretaker read before it stepped back may have been that this thread's task is
+                    # cancelled: a poll would not end for a signal that has come already.
+                    raise_deferred()
                     while not waiter.done and not self._closed:
                         timeout = RECHECK_S if deadline is None else deadline - monotonic()
                         if timeout <= 0:
@@ -128,8 +137,9 @@ class Loop:
                     self._pass_on()
             elif self._leader == threading.get_ident():
                 raise RuntimeError(
-                    "get(), wait() or a large put() in a callback of a future would wait for ever: callbacks run in "
-                    "the thread that brings the answers. Submit tasks there, and get their results in another thread."
+                    "get(), wait() or a large put() in a callback of a future, or in a finalizer or a signal handler "
+                    "that comes in the middle of a wait, would wait for ever: they run in the thread that brings the "
+                    "answers. Submit tasks there, and get their results elsewhere."
                 )
             else:
                 waiter.hang_bell()
@@ -143,6 +153,27 @@ class Loop:
                         if waiter.done or (deadline is not None and deadline <= monotonic()):
                             self._pass_on()  # which it does not need.
         return True
+
+    def take_lead(self, follower: Waiter) -> bool:
+        """For a thread that has a poll of its own, an event loop's: whether it leads now, until `pass_lead`.
+
+        If not, another thread does, and `follower` is rung when it is this one's turn, until `stop_following`."""
+        if self._lead.acquire(blocking=False) or self._relieve_caretaker():
+            self._leader = threading.get_ident()
+            return True
+        self._followers.append(follower)
+        return False
+
+    def stop_following(self, follower: Waiter) -> None:
+        try:
+            self._followers.remove(follower)
+        except ValueError:  # It is this thread's turn, which it does not take now.
+            self._pass_on()
+
+    def pass_lead(self) -> None:
+        self._leader = 0
+        self._lead.release()
+        self._pass_on()
 
     def _relieve_caretaker(self) -> bool:
         if not self._caretaking or self._leader == threading.get_ident():
@@ -188,4 +219,6 @@ class Loop:
                     self._lead.release()
                 if self._followers:
                     self._pass_on()
+            else:
+                self.glance()
             self._nudge.acquire(timeout=RECHECK_S)

@@ -57,6 +57,42 @@ class TasksFinished(NamedTuple):
     results: list[tuple[bytes, int, Any, float, float]]
 
 
+class ItemsYielded(NamedTuple):
+    """A generator has yielded; it runs on.  `values`: of its items `first`, `first + 1`, …, each a `Value`.
+
+    `failed`: they are errors (the last item of a "dynamic" generator that has raised)."""
+
+    client: int
+    task_id: bytes
+    first: int
+    values: list[Any]
+    failed: bool = False
+
+
+class ItemsRequested(NamedTuple):
+    """Whoever reads a generator has taken `position` items and takes up to `limit` more (0: looks what there is).
+
+    Answered at once by (items there are beyond `position`, whether there will be no more); to wait for the next
+    one is to await that object."""
+
+    client: int
+    request_id: int
+    task_id: bytes
+    position: int
+    limit: int
+
+
+class RoomAwaited(NamedTuple):
+    """A generator pauses while as many of its items were not taken as its options allow.
+
+    Answered, when there are fewer, by how many were taken; None: nobody reads it any more."""
+
+    client: int
+    request_id: int
+    task_id: bytes
+    blocks: bool
+
+
 class TasksReturned(NamedTuple):
     """Unstarted tasks that a worker gives back: asked to, or because it is about to block, or they were cancelled."""
 
@@ -266,6 +302,7 @@ class Ticked(NamedTuple):
 
 Event = Union[
     FunctionExported, TemplateDefined, TasksSubmitted, TasksFinished, TasksReturned, ObjectPut, ReferencesChanged,
+    ItemsYielded, ItemsRequested, RoomAwaited,
     Unpinned, ObjectsAwaited, RequestAbandoned, BlockRequested, BlocksSpilled, BlockRefused, RoomAbandoned, ObjectLost,
     ArgumentLost, CancelRequested, ActorKillRequested, CheckpointTaken, CheckpointFailed, ActorLookedUp, CallsCounted,
     NodeQueried, WorkerStarted, WorkerDied, GcsStalled, GcsRecovered, Ticked,
@@ -275,6 +312,7 @@ FROM_WORKERS = {
     cls.__name__: cls
     for cls in (
         FunctionExported, TemplateDefined, TasksSubmitted, TasksFinished, TasksReturned, ObjectPut, ReferencesChanged,
+        ItemsYielded, ItemsRequested, RoomAwaited,
         Unpinned, ObjectsAwaited, RequestAbandoned, BlockRequested, BlocksSpilled, BlockRefused, RoomAbandoned,
         ObjectLost, ArgumentLost, CancelRequested, ActorKillRequested, CheckpointTaken, CheckpointFailed, ActorLookedUp,
         CallsCounted, NodeQueried,
@@ -327,6 +365,13 @@ class AssignResources(NamedTuple):
     num_cpus: float
     gpu_ids: tuple[int, ...]
     resources: dict[str, float]
+
+
+class SetUpEnvironment(NamedTuple):
+    """From now on the worker runs tasks of this environment only: it is set up before the first one starts."""
+
+    client: int
+    runtime_env: str
 
 
 class MarkReconstructed(NamedTuple):
@@ -418,8 +463,8 @@ class FetchObject(NamedTuple):
 
 
 Command = Union[
-    StartWorker, DefineFunction, DefineTemplate, RunTasks, AssignResources, MarkReconstructed, RestoreActor,
-    TakeBack, HoldNext, Forget, CancelTask, Reply, KillWorker, ExitWorker, DeleteFile, Warn, TellNode,
+    StartWorker, DefineFunction, DefineTemplate, RunTasks, AssignResources, SetUpEnvironment, MarkReconstructed,
+    RestoreActor, TakeBack, HoldNext, Forget, CancelTask, Reply, KillWorker, ExitWorker, DeleteFile, Warn, TellNode,
     FetchObject,
 ]  # fmt: skip
 

@@ -49,7 +49,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -125,6 +125,10 @@ def nap() -> tuple[float, float]:
     return began, clock()
 
 
+def count_up(n: int) -> Iterator[int]:
+    yield from range(n)
+
+
 class Server:
     """The actor that is called."""
 
@@ -132,6 +136,16 @@ class Server:
         return b"ok"
 
     def small_value_arg(self, value: object) -> bytes:
+        return b"ok"
+
+
+class AsyncServer:
+    """The asyncio actor that is called."""
+
+    async def small_value(self) -> bytes:
+        return b"ok"
+
+    async def small_value_arg(self, value: object) -> bytes:
         return b"ok"
 
 
@@ -377,6 +391,17 @@ def multi_client_tasks_async(b: Backend) -> float:
     return b.rate(lambda: b.get([client.run.remote(1000) for client in clients]), 4000)
 
 
+@row("tasks", RAYLIKE, Figure("single client streaming generator items", "items/s"))
+def generator_items(b: Backend) -> float:
+    get, stream = b.get, b.ray.remote(num_returns="streaming")(count_up)
+
+    def read() -> None:
+        for ref in stream.remote(1000):
+            get(ref)
+
+    return b.rate(read, 1000)
+
+
 @row("tasks", CALLERS, Figure("single client wait 1k refs", "drains/s", 5.1))
 def wait_1k_refs(b: Backend) -> float:
     noop, drain = b.noop, b.drain
@@ -557,6 +582,24 @@ def actor_concurrent(b: Backend) -> float:
     return b.rate(lambda: b.get([server.small_value.remote() for _ in range(1000)]), 1000)
 
 
+@row("actors", RAYLIKE, Figure("1:1 async-actor calls sync", "calls/s", 1_460))
+def async_actor_sync(b: Backend) -> float:
+    server = b.ray.remote(AsyncServer).remote()
+    return b.rate(lambda: b.get(server.small_value.remote()))
+
+
+@row("actors", RAYLIKE, Figure("1:1 async-actor calls async", "calls/s", 4_260))
+def async_actor_async(b: Backend) -> float:
+    server = b.ray.remote(AsyncServer).remote()
+    return b.rate(lambda: b.get([server.small_value.remote() for _ in range(1000)]), 1000)
+
+
+@row("actors", RAYLIKE, Figure("1:1 async-actor calls with args async", "calls/s", 2_836))
+def async_actor_with_args(b: Backend) -> float:
+    server = b.ray.remote(AsyncServer).remote()
+    return b.rate(lambda: b.get([server.small_value_arg.remote(n) for n in range(1000)]), 1000)
+
+
 def batch_caller(ray: Any) -> Any:
     """An actor class that calls other actors, as many times each as it is told."""
 
@@ -574,19 +617,37 @@ def batch_caller(ray: Any) -> Any:
     return ray.remote(Caller)
 
 
-@row("actors", RAYLIKE, Figure("1:n actor calls async", "calls/s", 8_038))
-def actor_one_to_n(b: Backend) -> float:
-    server = b.ray.remote(Server)
+def one_to_n(b: Backend, cls: type) -> float:
+    server = b.ray.remote(cls)
     caller = batch_caller(b.ray).remote([server.remote() for _ in range(b.cpus)])
     return b.rate(lambda: b.get(caller.call.remote(1000)), 1000 * b.cpus)
 
 
-@row("actors", RAYLIKE, Figure("n:n actor calls async", "calls/s", 27_376))
-def actor_n_to_n(b: Backend) -> float:
-    server, caller_class = b.ray.remote(Server), batch_caller(b.ray)
+def n_to_n(b: Backend, cls: type) -> float:
+    server, caller_class = b.ray.remote(cls), batch_caller(b.ray)
     servers = [server.remote() for _ in range(b.cpus)]
     callers = [caller_class.remote(servers) for _ in range(4)]
     return b.rate(lambda: b.get([caller.call.remote(500) for caller in callers]), 2000 * b.cpus)
+
+
+@row("actors", RAYLIKE, Figure("1:n actor calls async", "calls/s", 8_038))
+def actor_one_to_n(b: Backend) -> float:
+    return one_to_n(b, Server)
+
+
+@row("actors", RAYLIKE, Figure("n:n actor calls async", "calls/s", 27_376))
+def actor_n_to_n(b: Backend) -> float:
+    return n_to_n(b, Server)
+
+
+@row("actors", RAYLIKE, Figure("1:n async-actor calls async", "calls/s", 8_038))
+def async_actor_one_to_n(b: Backend) -> float:
+    return one_to_n(b, AsyncServer)
+
+
+@row("actors", RAYLIKE, Figure("n:n async-actor calls async", "calls/s", 27_376))
+def async_actor_n_to_n(b: Backend) -> float:
+    return n_to_n(b, AsyncServer)
 
 
 @row("actors", RAYLIKE, Figure("n:n actor calls with arg async", "calls/s"))

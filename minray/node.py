@@ -69,6 +69,8 @@ class Node(NodeWorkers):
             store_bytes, self._arguments_ready, self._request_ready, self._delete_file, self._handle_dropped,
             self._want_again,
         )  # fmt: skip
+        self.lineage.stream_opened = self._stream_opened
+        self.lineage.reader_gone = self._reader_gone
         self.objects = self.lineage.objects
         self.scheduler = Scheduler(resources, policy or Policy(), self.wire, self._run)
         self.actors = ActorTable()
@@ -137,7 +139,8 @@ class Node(NodeWorkers):
     def could_start(self, spec: TaskSpec) -> bool:
         """Whether somebody may be idle who would run this at once.  A hint, read without the lock."""
         if spec.actor_id is None:
-            return bool(self.scheduler.idle)
+            template = self.driver.templates.get(spec.template_no) if self.scheduler.apart else None
+            return self.scheduler.may_start(template.shape if template is not None else None)
         actor = self.actors.actors.get(spec.actor_id)
         return actor is not None and not actor.pending
 
@@ -170,8 +173,8 @@ class Node(NodeWorkers):
     def take_rows(self, now: float) -> dict[str, list[tuple[Any, ...]]]:
         """Everything that changed since the last call, one row a thing however often it changed."""
         for worker in self.scheduler.workers.values():
-            threads = 1 if worker.actor is None else worker.actor.task.template.options.max_concurrency
-            for task in islice(worker.in_flight.values(), threads):
+            running = 1 if worker.actor is None else worker.actor.task.template.options.concurrency
+            for task in islice(worker.in_flight.values(), running):
                 if task.state == SUBMITTED_TO_WORKER:
                     task.state = RUNNING
                     task.started_s = task.started_s or max(worker.progressed_s, task.submitted_s)
@@ -253,6 +256,8 @@ class Node(NodeWorkers):
         returns: Counter[int] = Counter(entry.task.no for entry in lineage.objects.values() if entry.task is not None)
         for task in lineage.tasks.values():
             live = task.state < FINISHED
+            if task.template.options.streaming:
+                refs.update(ids.item_id(task.spec.task_id, item) for item in task.stream.held())
             created = self.actors.actors.get(task.spec.task_id) if task.spec.actor is not None else None
             if created is None or created.task is not task:
                 if live and (task.spec.deps or task.spec.nested):
@@ -278,6 +283,7 @@ class Node(NodeWorkers):
         for asker in asking:
             for request in asker.requests.values():
                 pending = sum(1 for object_id in request.object_ids if lineage.objects[object_id].data is None)
+                pending += not request.object_ids  # A generator waits for room.
                 assert 0 < request.remaining <= pending, f"request {request.request_id} should have been answered"
             if isinstance(asker, WorkerRecord):
                 assert asker.blocked == sum(request.blocks for request in asker.requests.values())

@@ -33,8 +33,7 @@ from minray import ids
 from minray.actor_table import MAX_IN_FLIGHT, Actor, Recovery
 from minray.lineage import Task, Template
 from minray.messages import CheckpointFailed, CheckpointTaken, TasksSubmitted, Warn
-from minray.node_recovery import NodeRecovery
-from minray.node_tasks import is_another
+from minray.node_streams import NodeStreams
 from minray.scheduler import Client, WorkerRecord
 from minray.task_spec import ACTOR_EXITED, ALIVE, CANCELLED, FINISHED, OK, RETRYABLE_ERROR, TaskSpec
 
@@ -46,7 +45,7 @@ NOBODY = -1
 """In place of a client: nobody waits for what a replay returns."""
 
 
-class NodeExact(NodeRecovery):
+class NodeExact(NodeStreams):
     # ------------------------------------------------------------ the log
 
     def _note_executed(self, worker: WorkerRecord, actor: Actor, recovery: Recovery, results: list[Any]) -> list[Any]:
@@ -112,7 +111,7 @@ class NodeExact(NodeRecovery):
         for spec in event.specs:
             known = tasks.get(spec.task_id)
             if known is not None and event.parent_task_id in recovery.replaying:
-                if is_another(known, spec, client.templates[spec.template_no]) and client.actor is not None:
+                if self.is_another(known, spec, client.templates[spec.template_no]) and client.actor is not None:
                     self._replay_diverged(client.actor, recovery, f"a call of {known.template.options.name}() changed")
         return [spec for spec in event.specs if spec.task_id not in children or spec.task_id in tasks]
 
@@ -122,13 +121,23 @@ class NodeExact(NodeRecovery):
         children = recovery.children.setdefault(parent_id, {})
         for spec in specs:
             if spec.task_id not in children:
-                num_returns = templates[spec.template_no].options.num_returns
-                children[spec.task_id] = [ids.return_id(spec.task_id, index) for index in range(num_returns)]
-                self._hold_all(children[spec.task_id])
+                template = templates[spec.template_no]
+                returns = [ids.return_id(spec.task_id, index) for index in range(template.num_kept)]
+                children[spec.task_id] = returns
+                self._hold_all(returns)
+                child = self.lineage.tasks.get(spec.task_id)
+                if child is not None and template.options.streaming:
+                    child.stream.kept = returns
 
     def _forget_children_of(self, recovery: Recovery, call_id: bytes) -> None:
-        for returns in recovery.children.pop(call_id, {}).values():
+        for child_id, returns in recovery.children.pop(call_id, {}).items():
+            self._keep_no_more_items(child_id)
             self._release_all(returns)
+
+    def _keep_no_more_items(self, child_id: bytes) -> None:
+        child = self.lineage.tasks.get(child_id)
+        if child is not None and child.template.options.streaming:
+            child.stream.kept = None
 
     # ------------------------------------------------------------ checkpoints
 
@@ -211,6 +220,9 @@ class NodeExact(NodeRecovery):
         """It will not be made again: nothing is kept for that."""
         self._stop_replay(recovery, actor.worker)
         held = list(recovery.held())
+        for children in recovery.children.values():
+            for child_id in children:
+                self._keep_no_more_items(child_id)
         recovery.checkpoint = None
         recovery.log, recovery.children, recovery.inherited = [], {}, []
         recovery.applied = recovery.sent = 0

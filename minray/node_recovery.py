@@ -25,7 +25,7 @@ from minray.lineage import ObjectEntry, Task, Template
 from minray.messages import ArgumentLost, ObjectLost, Warn
 from minray.node_tasks import NodeTasks
 from minray.scheduler import Client
-from minray.task_spec import ACTOR_METHOD, FINISHED, PENDING_ARGS_AVAIL, PENDING_NODE_ASSIGNMENT
+from minray.task_spec import ACTOR_METHOD, FAILED, FINISHED, PENDING_ARGS_AVAIL, PENDING_NODE_ASSIGNMENT
 
 
 class NodeRecovery(NodeTasks):
@@ -97,6 +97,8 @@ class NodeRecovery(NodeTasks):
             return
         object_id = entry.object_id
         task = entry.task
+        if task is not None and task.template.options.streaming:
+            task.stream.lost[object_id] = None  # A run in hand may be past it.
         if task is not None and task.state < FINISHED:
             return  # It is on its way.
         refusal = self._why_not_again(task)
@@ -133,6 +135,8 @@ class NodeRecovery(NodeTasks):
             return "it is the result of an actor's method, and the actor's state has changed since"
         if not options.max_retries:
             return "its task was submitted with max_retries=0, so it must not run twice"
+        if options.streaming and task.state == FAILED:
+            return "the generator that yielded it has failed"
         if not task.retries_left:
             return f"its task has used up its max_retries={options.max_retries}"
         if (task.spec.deps or task.spec.nested) and task.origins is None:

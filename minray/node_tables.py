@@ -1,12 +1,13 @@
 """What a node knows: the fields that all chapters of `Node` share, and how its history is noted.
 
-`Node` is one class in seven chapters, each a file and a base class of the next, from the ground up:
+`Node` is one class in eight chapters, each a file and a base class of the next, from the ground up:
 
 ======================  =========================================================
 node_tables.py          the data, and notes for the GCS (this file)
 node_objects.py         objects, references, waiting, memory
 node_tasks.py           functions and tasks: come in, go out, end
 node_recovery.py        lost objects are made again
+node_streams.py         the items of generators
 node_exact.py           an actor's state is made again
 node_actors.py          actors and their calls
 node_workers.py         workers start, die and get stuck

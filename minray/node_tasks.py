@@ -14,17 +14,18 @@ from typing import Any
 from minray import ids
 from minray.actor_table import Actor, Recovery
 from minray.exceptions import error_payload
-from minray.lineage import Task, Template
+from minray.lineage import ObjectEntry, Task, Template
 from minray.messages import (
     DRIVER, CancelRequested, CancelTask, DefineFunction, DefineTemplate, FunctionExported, GcsRecovered, GcsStalled,
-    KillWorker, MarkReconstructed, RestoreActor, RunTasks, TasksFinished, TasksReturned, TasksSubmitted,
-    TemplateDefined,
+    KillWorker, MarkReconstructed, RestoreActor, RunTasks, SetUpEnvironment, TasksFinished, TasksReturned,
+    TasksSubmitted, TemplateDefined,
 )  # fmt: skip
 from minray.node_objects import NodeObjects
+from minray.same_pickle import says_the_same
 from minray.scheduler import Client, WorkerRecord
 from minray.task_spec import (
     ACTOR_CREATION, ACTOR_EXITED, CANCELLED, FAILED, FINISHED, OK, PENDING_ARGS_AVAIL, PENDING_NODE_ASSIGNMENT,
-    RETRYABLE_ERROR, RUNNING, SUBMITTED_TO_WORKER, UNIT, ActorOptions, TaskOptions, TaskSpec,
+    RETRYABLE_ERROR, RUNNING, STREAMING, SUBMITTED_TO_WORKER, UNIT, ActorOptions, TaskOptions, TaskSpec,
 )  # fmt: skip
 
 SHORT_TASK_S = 0.001
@@ -39,16 +40,24 @@ def amounts(resources: Iterable[tuple[str, int]]) -> str:
     )
 
 
-def is_another(old: Task, spec: TaskSpec, template: Template) -> bool:
-    """Whether what is submitted under the ID of `old` differs from it."""
-    was, before, now = old.spec, old.template.options, template.options
-    return (
-        (was.args, was.deps, was.nested, was.actor_id) != (spec.args, spec.deps, spec.nested, spec.actor_id)
-        or (before.function_id, before.method, before.num_returns) != (now.function_id, now.method, now.num_returns)
-    )  # fmt: skip
-
-
 class NodeTasks(NodeObjects):
+    def is_another(self, old: Task, spec: TaskSpec, template: Template) -> bool:
+        """Whether what is submitted under the ID of `old` differs from it."""
+        was, before, now = old.spec, old.template.options, template.options
+        return (
+            (was.deps, was.nested, was.actor_id) != (spec.deps, spec.nested, spec.actor_id)
+            or (before.method, before.num_returns) != (now.method, now.num_returns)
+            or before.streaming != now.streaming
+            or not says_the_same(was.args, spec.args)
+            or not self._is_same_function(before.function_id, now.function_id)
+        )  # fmt: skip
+
+    def _is_same_function(self, one: bytes, other: bytes) -> bool:
+        functions = self.functions
+        return one == other or (
+            one in functions and other in functions and says_the_same(functions[one][1], functions[other][1])
+        )
+
     # ------------------------------------------------------------ functions and tasks come in
 
     def handle_function_exported(self, event: FunctionExported, now: float) -> None:
@@ -61,12 +70,21 @@ class NodeTasks(NodeObjects):
         options = TaskOptions(*event.options)
         template = self._template_of.get(options)
         if template is None:
-            shape = self.scheduler.shape_for(options.resources, options.kind == ACTOR_CREATION)
+            counted = (options.function_id, options.max_calls) if options.max_calls else None
+            shape = self.scheduler.shape_for(
+                options.resources, options.kind == ACTOR_CREATION, options.runtime_env, counted
+            )
             template = self._template_of[options] = Template(len(self.templates), options, shape)
             self.templates.append(template)
             function_no = self.functions[options.function_id][0] if options.function_id else None
             resources = {name: amount / UNIT for name, amount in options.resources}
-            other = {"method": options.method, "max_concurrency": options.max_concurrency}
+            other: dict[str, Any] = {"method": options.method, "max_concurrency": options.max_concurrency}
+            if options.runtime_env:
+                other["runtime_env"] = json.loads(options.runtime_env)
+            if options.max_calls:
+                other["max_calls"] = options.max_calls
+            if options.streaming:
+                other.update(streaming=options.streaming, backpressure=options.backpressure)
             self._row(
                 "options",
                 (
@@ -101,7 +119,7 @@ class NodeTasks(NodeObjects):
                 dirty.append(task)
             self.lineage.add_task(task)
             if held is not None:
-                for index in range(task.live_returns):
+                for index in range(task.template.num_returns):
                     held[ids.return_id(spec.task_id, index)] = None
                 if may_come_again and spec.actor is None and not stalled:
                     self.lineage.keep_child(parent, task)  # type: ignore[arg-type]
@@ -151,7 +169,7 @@ class NodeTasks(NodeObjects):
         template = client.templates[spec.template_no]
         known = self.lineage.tasks.get(spec.task_id)
         if known is not None:
-            another = is_another(known, spec, template)
+            another = self.is_another(known, spec, template)
             if parent is not None and self._is_forgettable(known, another):
                 if known.state < FINISHED:
                     self._cancel(known, force=False)
@@ -163,6 +181,8 @@ class NodeTasks(NodeObjects):
         actor = self.actors.actors.get(spec.task_id) if spec.actor is not None else None
         if actor is not None:
             actor.unwanted = False  # Its handles were the first attempt's.
+        if known is not None and known.template.options.streaming == template.options.streaming == STREAMING:
+            self._read_again(known)
         for index in range(template.options.num_returns):
             self._acquire(client, ids.return_id(spec.task_id, index))
         return True
@@ -177,6 +197,8 @@ class NodeTasks(NodeObjects):
         ]
         if any(entry is not None and (entry.refs > 0 or entry.pins) for entry in returns):
             return False
+        if known.template.options.streaming:
+            return self._is_forgettable_stream(known, another, returns)
         gone = known.state >= FINISHED and any(entry is None or entry.data is None for entry in returns)
         return another or gone
 
@@ -248,6 +270,9 @@ class NodeTasks(NodeObjects):
             self.wire.append(
                 DefineFunction(worker.client, options.function_id, self.functions[options.function_id][1])
             )
+        if options.runtime_env and not worker.environment:
+            worker.environment = options.runtime_env
+            self.wire.append(SetUpEnvironment(worker.client, options.runtime_env))
         worker.known.add(template.no)
         self.wire.append(DefineTemplate(worker.client, template.no, options))
 
@@ -304,6 +329,8 @@ class NodeTasks(NodeObjects):
 
     def _finished_otherwise(self, worker: WorkerRecord, task: Task, status: int, payload: Any, now: float) -> None:
         options = task.template.options
+        if options.streaming and status == OK:
+            self._count_items(task)
         if (status != OK or task.error) and self._grants:  # Of several returns some may have been stored already.
             for index in range(options.num_returns):
                 self._revoke(worker.client, ids.return_id(task.spec.task_id, index), now)
@@ -317,8 +344,7 @@ class NodeTasks(NodeObjects):
             return
         if status == ACTOR_EXITED and worker.actor is not None:
             actor = worker.actor
-            threads = actor.task.template.options.max_concurrency
-            self._bury(actor, payload[1], now, begun=0 if threads == 1 else None)
+            self._bury(actor, payload[1], now, begun=0)  # It says so when all that had begun has ended.
             if task is not actor.task:
                 self._fail_call(task, actor, may_have_run=True)
             return
@@ -332,6 +358,8 @@ class NodeTasks(NodeObjects):
                     self._grants.pop((worker.client, ids.return_id(task.spec.task_id, index)), None)
                 self.lineage.accept_return(task, index, value, False, now)
             self._close(task, FINISHED)
+            if options.streaming:
+                self._stream_ended(task, None)
         elif status == CANCELLED:
             self._fail_cancelled(task)
         else:
@@ -377,6 +405,7 @@ class NodeTasks(NodeObjects):
                 self._unpin(worker, object_id)
         if task.cancelled:
             task.worker = None
+            task.started_s = 0.0  # Perhaps it was taken to be running: see take_rows.
             self._fail_cancelled(task)
         else:
             self._run_again(task)
@@ -386,11 +415,11 @@ class NodeTasks(NodeObjects):
     def _fail(self, task: Task, kind: str, message: str, **attributes: Any) -> None:
         self._end(task, FAILED, error_payload(kind, message, **attributes), f"{kind}: {message.splitlines()[0]}")
 
-    def _fail_cancelled(self, task: Task) -> None:
+    def _fail_cancelled(self, task: Task, kind: str = "TaskCancelledError") -> None:
         name = task.template.options.name
         ran = "It may have run partway." if task.started_s or task.attempt else "It had not started."
         self._fail(
-            task, "TaskCancelledError", f"{name} [task {ids.short(task.spec.task_id)}] was cancelled. {ran}",
+            task, kind, f"{name} [task {ids.short(task.spec.task_id)}] was cancelled. {ran}",
             task_id=task.spec.task_id.hex(),
         )  # fmt: skip
 
@@ -399,7 +428,11 @@ class NodeTasks(NodeObjects):
         task.error = text
         for index in range(task.template.options.num_returns):
             self.lineage.accept_return(task, index, (error, len(error), ()), True, self._now)
+        if task.template.options.streaming:
+            task.origins = None  # It is not run again for the items that it had yielded.
         self._close(task, state)
+        if task.template.options.streaming:
+            self._stream_ended(task, error)
         if task.spec.actor is not None:
             self._creation_failed(task, error, text)
 
@@ -461,6 +494,18 @@ class NodeTasks(NodeObjects):
 
     @abstractmethod
     def _diverged(self, old: Task, template: Template, parent: Task | None) -> None: ...
+
+    @abstractmethod
+    def _is_forgettable_stream(self, task: Task, another: bool, returns: list[ObjectEntry | None]) -> bool: ...
+
+    @abstractmethod
+    def _read_again(self, task: Task) -> None: ...
+
+    @abstractmethod
+    def _count_items(self, task: Task) -> None: ...
+
+    @abstractmethod
+    def _stream_ended(self, task: Task, error: bytes | None) -> None: ...
 
     @abstractmethod
     def _without_known_children(self, recovery: Recovery, event: TasksSubmitted, client: Client) -> list[TaskSpec]: ...

@@ -11,7 +11,7 @@ from minray.lineage import Task
 from minray.messages import ExitWorker, Forget, Ticked, Warn, WorkerDied, WorkerStarted
 from minray.node_actors import NodeActors
 from minray.node_tasks import amounts
-from minray.scheduler import WorkerRecord
+from minray.scheduler import SPENT, WorkerRecord
 
 START_ATTEMPTS = 3
 """So many workers in a row that die before they are up, and waiting tasks fail rather than wait for ever."""
@@ -74,7 +74,7 @@ class NodeWorkers(NodeActors):
     def _attempt_lost(self, task: Task, worker: WorkerRecord, reason: str, now: float) -> None:
         options, short = task.template.options, ids.short(task.spec.task_id)
         if task.cancelled:
-            self._fail_cancelled(task)
+            self._fail_cancelled(task, "TaskCancelledByForceError")
         elif task.retries_left:
             task.retries_left -= task.retries_left > 0
             self._retried(task, f"ended when worker {worker.client} (pid {worker.pid}) {reason}")
@@ -93,7 +93,9 @@ class NodeWorkers(NodeActors):
 
     def handle_ticked(self, event: Ticked, now: float) -> None:
         for worker in self.scheduler.tick(now):
-            self._forget_worker(worker, "was told to end: more workers were idle than there are CPUs", now)
+            spent = worker.environment == SPENT
+            why = "it has run a function max_calls times" if spent else "more workers were idle than there are CPUs"
+            self._forget_worker(worker, f"was told to end: {why}", now)
             self.wire.append(ExitWorker(worker.client))
         for task in self.scheduler.starved(now):
             self._warn_of_starvation(task, now)

@@ -125,10 +125,10 @@ class ObjectRef(bytes, Generic[T]):
         return _core().future(self)
 
     def as_future(self) -> Any:
-        """An asyncio future of the running loop."""
-        import asyncio
+        """An asyncio future of the running loop.
 
-        return asyncio.wrap_future(self.future())
+        Raises RuntimeError where none runs."""
+        return _core().asyncio_future(self)
 
     def __await__(self) -> Generator[Any, None, T]:
         result: T = yield from self.as_future().__await__()

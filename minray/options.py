@@ -7,11 +7,12 @@ it does; one that it knows of but cannot do is refused with a sentence.  None is
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from minray.core_worker import pickle_classes
-from minray.task_spec import UNIT, Resources
+from minray.task_spec import DYNAMIC, STREAMING, UNIT, Resources
 
 Check = Callable[[Any], bool]
 
@@ -44,6 +45,14 @@ _RESOURCES = (
 )
 _STRATEGY = (lambda v: v in ("DEFAULT", "SPREAD"), '"DEFAULT" or "SPREAD" (on one machine both mean the same)')
 
+_GROUPS = (
+    lambda v: (
+        isinstance(v, Mapping)
+        and all(isinstance(k, str) and bool(k) and _is_int(limit) and limit >= 1 for k, limit in v.items())
+    ),
+    "a dict of names of groups and how many of their calls may run at the same time, 1 or more",
+)
+
 _BOTH: dict[str, tuple[Check, str]] = {
     "num_cpus": _AMOUNT,
     "num_gpus": (lambda v: _is_amount(v) and (v <= 1 or v == int(v)), "a fraction up to 1, or a whole number"),
@@ -51,12 +60,20 @@ _BOTH: dict[str, tuple[Check, str]] = {
     "resources": _RESOURCES,
     "name": _TEXT,
     "scheduling_strategy": _STRATEGY,
+    "runtime_env": (lambda v: True, "a runtime environment"),  # It says itself what is wrong with it: see `check`.
 }
 TASK: dict[str, tuple[Check, str]] = {
     **_BOTH,
-    "num_returns": (lambda v: _is_int(v) and 0 <= v < 1 << 20, "an integer, 0 or more"),
+    "num_returns": (
+        lambda v: v in ("streaming", "dynamic") or (_is_int(v) and 0 <= v < 1 << 20),
+        'an integer, 0 or more, or "streaming" or "dynamic" for a generator',
+    ),
+    "_generator_backpressure_num_objects": (
+        lambda v: _is_int(v) and (v == -1 or v >= 1), "a number of items, 1 or more, or -1 for no limit"
+    ),
     "max_retries": _RETRIES,
     "retry_exceptions": _CLASSES,
+    "max_calls": (lambda v: _is_int(v) and v >= 0, "an integer, 1 or more, or 0 for no limit"),
 }
 ACTOR: dict[str, tuple[Check, str]] = {
     **_BOTH,
@@ -64,6 +81,7 @@ ACTOR: dict[str, tuple[Check, str]] = {
     "get_if_exists": _BOOL,
     "lifetime": (lambda v: v in ("detached", "non_detached"), '"detached" or "non_detached"'),
     "max_concurrency": (lambda v: _is_int(v) and v >= 1, "an integer, 1 or more"),
+    "concurrency_groups": _GROUPS,
     "max_restarts": _RETRIES,
     "max_task_retries": _RETRIES,
     "max_pending_calls": (lambda v: _is_int(v) and (v == -1 or v >= 1), "an integer, 1 or more, or -1 for no limit"),
@@ -72,21 +90,18 @@ ACTOR: dict[str, tuple[Check, str]] = {
 }
 METHOD: dict[str, tuple[Check, str]] = {
     "num_returns": TASK["num_returns"],
+    "_generator_backpressure_num_objects": TASK["_generator_backpressure_num_objects"],
     "name": _TEXT,
     "max_task_retries": _RETRIES,
     "retry_exceptions": _CLASSES,
+    "concurrency_group": _TEXT,
 }
 NOT_YET = {
-    "runtime_env": "environments of a task's own are not supported yet; workers have the driver's",
     "placement_group": "placement groups are not supported yet",
     "placement_group_bundle_index": "placement groups are not supported yet",
-    "concurrency_groups": "concurrency groups are not supported yet; max_concurrency gives an actor threads",
-    "concurrency_group": "concurrency groups are not supported yet; max_concurrency gives an actor threads",
-    "max_calls": "workers are not replaced after a number of calls",
     "accelerator_type": "accelerators have no types here; declare resources={'A100': 1} in init() instead",
     "label_selector": "nodes have no labels yet; declare resources in init() instead",
     "fallback_strategy": "nodes have no labels yet; declare resources in init() instead",
-    "_generator_backpressure_num_objects": "streaming generators are not supported yet",
     "object_store_memory": "a task cannot reserve object store memory; objects are spilled when it is full",
 }
 
@@ -103,15 +118,15 @@ def check(given: Mapping[str, Any], known: Mapping[str, tuple[Check, str]], wher
                 if name in others:
                     raise TypeError(f"{where}() has no option {name!r} here: it is one of {kind}.")
             raise TypeError(f"{where}() has no option {name!r}.{nearest(name, known)}")
-        if name == "num_returns" and value in ("streaming", "dynamic"):
-            raise NotImplementedError(
-                f'{where}(num_returns="{value}"): generators that stream are not supported yet. '
-                "With num_returns=n a generator's n values become n ObjectRefs, when it has ended."
-            )
         accepts, expected = known[name]
         if value is not None and not accepts(value):
             raise ValueError(f"{where}({name}=...) must be {expected}, got {value!r}.")
-    return {name: value for name, value in given.items() if value is not None}
+    kept = {name: value for name, value in given.items() if value is not None}
+    if "runtime_env" in kept:
+        from minray.runtime_env import checked
+
+        kept["runtime_env"] = checked(kept["runtime_env"], where)
+    return kept
 
 
 def is_exact(given: Mapping[str, Any]) -> bool:
@@ -119,7 +134,7 @@ def is_exact(given: Mapping[str, Any]) -> bool:
     return "checkpoint_every" in given or "checkpoint_interval_s" in given
 
 
-def check_exact(given: Mapping[str, Any], where: str) -> None:
+def check_exact(given: Mapping[str, Any], where: str, is_async: bool) -> None:
     """Raises ValueError for options of an actor that exact recovery cannot go with."""
     if not is_exact(given):
         return
@@ -135,11 +150,35 @@ def check_exact(given: Mapping[str, Any], where: str) -> None:
             f"{where}({asked}=..., max_concurrency={given['max_concurrency']}): calls that run at the same time have "
             "no order in which they could be replayed. Leave out one of the two."
         )
+    if given.get("concurrency_groups") or is_async:
+        why = "concurrency_groups=..." if given.get("concurrency_groups") else "on a class with coroutine methods"
+        raise ValueError(
+            f"{where}({asked}=...) {why}: calls that run at the same time have no order in which they could be "
+            "replayed. Leave out one of the two."
+        )
 
 
 def nearest(name: str, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(name, known, 1, 0.5)
-    return f" Did you mean {close[0]}=?" if close else f" It knows: {', '.join(sorted(known))}."
+    public = sorted(option for option in known if not option.startswith("_"))
+    return f" Did you mean {close[0]}=?" if close else f" It knows: {', '.join(public)}."
+
+
+def returns_of(function: Any, given: Mapping[str, Any]) -> tuple[int, int, int]:
+    """How many objects a call returns, whether its items have refs of their own, and how many may wait to be taken.
+
+    Raises ValueError when they may be no more than so many, and have no refs of their own."""
+    asked: Any = given.get("num_returns")
+    if asked is None:
+        asked = "streaming" if inspect.isgeneratorfunction(function) else 1
+    backpressure = max(0, given.get("_generator_backpressure_num_objects", 0))
+    if backpressure and asked != "streaming":
+        raise ValueError(
+            f"_generator_backpressure_num_objects={backpressure} holds back a generator that streams, and this one has "
+            f'num_returns={asked!r}. Say num_returns="streaming", or leave it out.'
+        )
+    streaming = {"streaming": STREAMING, "dynamic": DYNAMIC}.get(asked, 0)
+    return (2 if streaming else asked), streaming, backpressure
 
 
 def resources_of(options: Mapping[str, Any], default_cpus: float) -> Resources:

@@ -6,7 +6,9 @@ turns them into events, hands them to the pure `Node`, and carries its commands 
 One lock guards the node's tables and all sending.  Whoever runs the loop (loop.py)
 polls without it and handles news under it; other threads submit under it, briefly.
 ObjectRefs that are dropped and tasks that are submitted in a burst do not even take it:
-they go to deques that the next holder drains.
+they go to deques that the next holder drains.  Nor does code that interrupts its holder (a
+`__del__` that the garbage collector calls, a signal handler): what it says waits until the
+tables are whole again.
 
 Rows for the GCS are collected for some ms and sent in one frame; a frame is kept until
 the GCS has acknowledged it, and sent again if the GCS had to be started anew.
@@ -82,8 +84,10 @@ class Raylet:
         hold_next: Callable[[int, bool], None],
     ) -> None:
         self.node = node
-        self.lock = threading.Lock()
-        self.submitted: deque[TaskSpec] = deque()  # by the driver, not yet handed to the node
+        self.lock = threading.RLock()  # never taken again by its holder: it only knows who that is
+        self.interrupts_change: Callable[[], bool] = self.lock._is_owned  # type: ignore[attr-defined]
+        self.submitted: deque[TaskSpec | Event] = deque()  # by the driver, not yet handed to the node
+        self._between = 0  # events among them: see `handle`
         self._references = references
         self._unpinned = unpinned  # objects of which the driver has no view any more
         self._root_task_id = root_task_id
@@ -94,6 +98,7 @@ class Raylet:
         self._hold_next = hold_next  # mark there that a worker shall not start another, or (False) that it is new
         self._zygote = zygote
         self._channels: dict[int, Channel] = {}  # by worker number
+        self._dying: dict[int, Channel] = {}  # of workers that are being killed although the node counts on them
         self._by_fd: dict[int, tuple[str, int]] = {}
         self._closing: dict[int, float] = {}  # workers whose socket has closed: give up on the zygote's word then
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -144,6 +149,9 @@ class Raylet:
 
     def drain(self) -> None:
         """Hand to the node what the driver has submitted and dropped."""
+        if self.interrupts_change():
+            self.wake()
+            return
         self._drain()
         self._after()
 
@@ -154,6 +162,11 @@ class Raylet:
 
     def handle(self, event: Event) -> None:
         """An event of the driver's own, after everything that it submitted before."""
+        if self.interrupts_change():
+            self._between += 1
+            self.submitted.append(event)
+            self.wake()
+            return
         self._handle(event)
         self._after()
 
@@ -187,8 +200,11 @@ class Raylet:
                 self._do(node.handle(ReferencesChanged(DRIVER, acquired, []), now))
         submitted = self.submitted
         if submitted:
-            specs = [submitted.popleft() for _ in range(len(submitted))]
-            self._do(node.handle(TasksSubmitted(DRIVER, self._root_task_id, specs), now))
+            specs: list[Any] = [submitted.popleft() for _ in range(len(submitted))]
+            if self._between:
+                self._handle_in_order(specs, now)
+            else:
+                self._do(node.handle(TasksSubmitted(DRIVER, self._root_task_id, specs), now))
         if self._unpinned:
             object_ids = [self._unpinned.popleft() for _ in range(len(self._unpinned))]
             self._do(node.handle(Unpinned(DRIVER, object_ids), now))
@@ -197,6 +213,15 @@ class Raylet:
             if released:
                 self._do(node.handle(ReferencesChanged(DRIVER, [], released), now))
         self._drained_s = monotonic()
+
+    def _handle_in_order(self, said: list[TaskSpec | Event], now: float) -> None:
+        """With events of the driver's own among the tasks."""
+        for item in said:
+            if isinstance(item, TaskSpec):
+                self._do(self.node.handle(TasksSubmitted(DRIVER, self._root_task_id, [item]), now))
+            else:
+                self._between -= 1
+                self._do(self.node.handle(item, now))
 
     # ------------------------------------------------------------ the loop
 
@@ -250,6 +275,10 @@ class Raylet:
             if rest <= 0 and (self._references.dropped or self._unpinned):  # Just before: nobody was roused.
                 timeout = 0
             return self._epoll.poll(timeout)
+        except (OSError, ValueError):
+            if self.closed:  # A signal handler of the program has ended the session.
+                return []
+            raise
         finally:
             object_ref.rouse_by(None)
 
@@ -340,6 +369,8 @@ class Raylet:
 
     def _worker_died(self, number: int, reason: str, now: float) -> None:
         self._closing.pop(number, None)
+        if number in self._dying:
+            self._channels[number] = self._dying.pop(number)
         channel = self._channels.get(number)
         if channel is not None:  # What it sent before it died still counts.
             while frames := channel.receive():
@@ -364,7 +395,8 @@ class Raylet:
         self._epoll.register(self._zygote.sock.fileno(), select.EPOLLIN)
         workers = self.node.scheduler.workers
         # The idle ones first: else the node would give them what the others had in hand, and that lost more attempts.
-        for number in sorted(self._channels, key=lambda number: number in workers and bool(workers[number].in_flight)):
+        gone = {**self._channels, **self._dying}
+        for number in sorted(gone, key=lambda number: number in workers and bool(workers[number].in_flight)):
             self._worker_died(number, "was killed with the zygote, its parent", now)
         self._gcs_died(now)
 
@@ -425,6 +457,13 @@ class Raylet:
 
     def _kill_worker(self, command: KillWorker) -> None:
         if command.only_if_running is None or self._running_task(command.client) == command.only_if_running:
+            channel = self._channels.get(command.client)
+            if command.only_if_running is not None and channel is not None:
+                # The node does not know that it dies.  Should its task end in this very moment, it must not be
+                # given another one, an actor perhaps: what it says is heard when it is dead, and it is told nothing.
+                self._dying[command.client] = self._channels.pop(command.client)
+                with suppress(OSError, ValueError):
+                    self._epoll.unregister(channel.fd)
             self._zygote.kill_worker(command.client)
 
     def _warn(self, command: Warn) -> None:
@@ -590,9 +629,10 @@ class Raylet:
     def _close_descriptors(self) -> None:
         if self._gcs is not None:
             self._gcs.close()
-        for channel in self._channels.values():
+        for channel in (*self._channels.values(), *self._dying.values()):
             channel.close()
         self._channels.clear()
+        self._dying.clear()
         self._epoll.close()
         os.close(self._wake_r)
         os.close(self._wake_w)

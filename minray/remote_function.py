@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from minray import api, options
 from minray.core_worker import CoreWorker, name_of
+from minray.generator import made_of, refuse_in_jobs
 from minray.task_spec import TASK, TaskOptions
 
 R = TypeVar("R")
@@ -30,9 +31,14 @@ class RemoteFunction(Generic[R]):
                 f"{function.__name__}() is a coroutine function, which cannot be a task. "
                 "Use a plain function that calls asyncio.run(...)."
             )
+        if inspect.isasyncgenfunction(function):
+            raise TypeError(
+                f"{function.__name__}() is an async generator function, which cannot be a task. "
+                "Use a plain generator function, or a method of an actor."
+            )
         self._function = function
         self._options = given
-        self._num_returns: int = given.get("num_returns", 1)
+        self._num_returns, self._streaming, self._backpressure = options.returns_of(function, given)
         self._known_to: object = None  # the token of the core that knows it under the number:
         self._template_no = 0
         functools.update_wrapper(self, function)
@@ -45,17 +51,23 @@ class RemoteFunction(Generic[R]):
         )
 
     def remote(self, *args: Any, **kwargs: Any) -> Any:
-        """Submit a call; an `ObjectRef`, a list of them for num_returns > 1, None for num_returns=0."""
+        """Submit a call; an `ObjectRef`, a list of them for num_returns > 1, None for num_returns=0.
+
+        Of a generator function: an `ObjectRefGenerator`, unless num_returns says otherwise."""
         core = api.core()
         if core.token is not self._known_to:
             self._introduce(core)
         refs = core.submit(self._template_no, self._num_returns, args, kwargs)
         if self._num_returns == 1:
             return refs[0]
+        if self._streaming:
+            return made_of(core, refs, self._streaming, self._backpressure)
         return refs or None
 
     def _introduce(self, core: CoreWorker) -> None:
         given = self._options
+        if self._streaming:
+            refuse_in_jobs(core, name_of(self._function))
         function_id = core.export(self._function)
         name = given.get("name") or name_of(self._function).rpartition("<locals>.")[2]
         self._template_no = core.template(
@@ -67,6 +79,11 @@ class RemoteFunction(Generic[R]):
                 resources=options.resources_of(given, default_cpus=1),
                 max_retries=given.get("max_retries", 3),
                 retry_exceptions=options.retry_exceptions_of(given.get("retry_exceptions", False)),
+                streaming=self._streaming,
+                backpressure=self._backpressure,
+                runtime_env=core.environment_of(given.get("runtime_env")),
+                # As in Ray: what a library holds of a GPU's memory is free again only when its process has ended.
+                max_calls=given.get("max_calls", 1 if given.get("num_gpus") else 0),
             )
         )
         self._known_to = core.token

@@ -56,6 +56,40 @@ class RuntimeContext:
     def get_node_labels(self) -> dict[str, str]:
         return {}
 
+    def is_canceled(self) -> bool:
+        """Whether minray.cancel() was called on the task or call that asks.
+
+        A method of a plain or threaded actor is not interrupted when it is cancelled: this is how it learns of it.
+
+        Raises RuntimeError in the driver, and in an asyncio actor, whose coroutines get an asyncio.CancelledError
+        instead."""
+        from minray.worker import Worker
+
+        core = self._core
+        if not isinstance(core, Worker):
+            raise RuntimeError("is_canceled() is for tasks and methods of actors: the driver cannot be cancelled.")
+        if core.actor_options is not None and core.actor_options.is_async:
+            raise RuntimeError(
+                "is_canceled() is not for asyncio actors: a coroutine that is cancelled gets an "
+                "asyncio.CancelledError where it awaits."
+            )
+        return core.context().task_id in core._cancelled
+
+    is_cancelled = is_canceled
+
+    @property
+    def runtime_env(self) -> dict[str, Any]:
+        """The environment of whoever asks, as a `minray.runtime_env.RuntimeEnv`; in the driver, the job's."""
+        import json
+
+        from minray.runtime_env import RuntimeEnv
+
+        return RuntimeEnv(_validate=False, **json.loads(self.get_runtime_env_string()))
+
+    def get_runtime_env_string(self) -> str:
+        """The same, as JSON; "{}" if there is none."""
+        return self._core.runtime_env or "{}"
+
     @property
     def namespace(self) -> str:
         return self._core.namespace

@@ -13,18 +13,20 @@ not know objects or arguments: a task comes here once its dependencies are ready
   When it goes on it takes them again at once, even if that makes the count negative: nothing
   new starts until it is positive again.  So nested tasks of any depth run on one CPU.
 * An actor is a worker whose lease lasts as long as it lives.
+* A worker belongs to the environment of the first task that it is given (most have none, which is one as well), and
+  runs tasks of that environment only.  So an environment always begins in a fresh process.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minray.lineage import Request, Task, Template
 from minray.messages import AssignResources, Command, HoldNext, StartWorker, TakeBack
 from minray.policy import Policy
-from minray.task_spec import PENDING_NODE_ASSIGNMENT, UNIT, Resources
+from minray.task_spec import ACTOR_METHOD, PENDING_NODE_ASSIGNMENT, UNIT, Resources
 
 if TYPE_CHECKING:
     from minray.actor_table import Actor
@@ -39,6 +41,10 @@ STARVED_S = 5.0
 """Who waits so long for resources that actors hold is told, once."""
 IDLE_WORKER_S = 2.0
 """Workers beyond the number of CPUs end after so long without work."""
+SPARE_WORKERS = 2
+"""With several environments in use, so many more than twice the CPUs may be idle; the next one ends the oldest."""
+SPENT = "spent"
+"""The environment of a worker that has run a function max_calls times: no task has this one, and it ends."""
 
 
 class Client:
@@ -71,6 +77,8 @@ class WorkerRecord(Client):
         self.assigned: Resources | None = None  # what it was last told of its resources
         self.known: set[int] = set()  # templates that it has been told
         self.known_functions: set[bytes] = set()
+        self.environment = ""  # that it was told to set up, as in TaskOptions
+        self.calls: Counter[bytes] = Counter()  # by function: those with max_calls
         self.started_s = 0.0
         self.idle_since = 0.0
 
@@ -83,9 +91,13 @@ class Shape:
     gaps it is made anew, so its memory is bounded, and a queue without tasks is empty.
     """
 
-    def __init__(self, resources: Resources, exclusive: bool) -> None:
+    def __init__(
+        self, resources: Resources, exclusive: bool, environment: str = "", counted: tuple[bytes, int] | None = None
+    ) -> None:
         self.resources = resources
         self.exclusive = exclusive  # actor creations: each wants a worker to itself, for good
+        self.environment = environment
+        self.counted = counted  # (function ID, max_calls): after so many of them a worker is replaced
         self.queue: deque[Task] = deque()
         self.gaps = 0
         self.leased: dict[int, WorkerRecord] = {}
@@ -136,7 +148,8 @@ class Scheduler:
         self.total = dict(resources)
         self.available = dict(resources)
         self.policy = policy
-        self.shapes: dict[tuple[Resources, bool], Shape] = {}
+        self.shapes: dict[tuple[Any, ...], Shape] = {}
+        self.apart = False  # not every worker may run every task: there are environments, or a max_calls
         self.active: dict[Shape, None] = {}  # with tasks in the queue
         self.workers: dict[int, WorkerRecord] = {}
         self.idle: dict[int, WorkerRecord] = {}  # the last to go idle is last
@@ -150,10 +163,13 @@ class Scheduler:
 
     # ------------------------------------------------------------ tasks
 
-    def shape_for(self, resources: Resources, exclusive: bool) -> Shape:
-        key = (resources, exclusive)
+    def shape_for(
+        self, resources: Resources, exclusive: bool, environment: str = "", counted: tuple[bytes, int] | None = None
+    ) -> Shape:
+        key = (resources, exclusive, environment, counted)
         if key not in self.shapes:
-            self.shapes[key] = Shape(resources, exclusive)
+            self.shapes[key] = Shape(*key)
+            self.apart = self.apart or bool(environment or counted)
         return self.shapes[key]
 
     def feasible(self, shape: Shape) -> bool:
@@ -212,19 +228,32 @@ class Scheduler:
 
     def _serve_actors(self, shape: Shape, now: float) -> None:
         while shape.queue and self._fits(shape):
-            if not self.idle:
+            idle = self._idle_for(shape) if self.apart else self.idle
+            if not idle:
                 self._start_workers(shape.waiting)
                 return
-            self._run(self._lease(shape), shape.take(1), now)
+            self._run(self._lease(shape, idle), shape.take(1), now)
+        if not self.idle and not self.starting:
+            self._start_for_prefetched()
+
+    def _start_for_prefetched(self) -> None:
+        """An actor has taken a worker for good that others counted on: tasks that were handed to a busy one meanwhile
+        would wait behind a long task, with their resources free and nobody to take them back."""
+        for worker in self.workers.values():
+            if len(worker.in_flight) > 1 and worker.shape is not None and worker.actor is None:
+                if self._fits(worker.shape):
+                    self.start_worker()
+                    return
 
     def _serve(self, shape: Shape, now: float) -> None:
         waiting = shape.waiting
         new = 0
         while new < waiting and self._fits(shape):
-            if not self.idle:
+            idle = self._idle_for(shape) if self.apart else self.idle
+            if not idle:
                 self._start_workers(min(waiting - new, self.room_for(shape)))
                 break
-            self._lease(shape)
+            self._lease(shape, idle)
             new += 1
         # Level the tasks over the workers, the newest first, each up to what it should prefetch.
         workers = [w for w in reversed(shape.leased.values()) if not w.blocked and not w.taking_back]
@@ -232,6 +261,8 @@ class Scheduler:
             return
         level = -(-(waiting + sum(len(w.in_flight) for w in workers)) // len(workers))
         depth = min(level, self.policy.prefetch(shape.queue[0].template.mean_s))
+        if shape.counted is not None:
+            depth = 1  # Calls are counted as they are handed over.
         for worker in workers:
             count = min(depth - len(worker.in_flight), waiting)
             if count > 0:
@@ -243,15 +274,41 @@ class Scheduler:
     def finished_one(self, worker: WorkerRecord, now: float) -> None:
         """The worker has no task left: its lease ends."""
         if worker.actor is None and worker.shape is not None:
+            if worker.shape.counted is not None:
+                self._count_call(worker, *worker.shape.counted, now)
             self._end_lease(worker)
             worker.taking_back = False  # Its answer to come holds nothing of what it is given from now on.
             self._now_idle(worker, now)
+
+    def _count_call(self, worker: WorkerRecord, function_id: bytes, max_calls: int, now: float) -> None:
+        worker.calls[function_id] += 1
+        if worker.calls[function_id] >= max_calls:
+            worker.environment = SPENT
+            self._wake_by(now)
 
     def _now_idle(self, worker: WorkerRecord, now: float) -> None:
         worker.idle_since = now
         self.idle[worker.client] = worker
         if len(self.idle) > self.pool_size:
-            self._wake_by(now + IDLE_WORKER_S)
+            self._wake_by(now if self._too_many() > 0 else now + IDLE_WORKER_S)
+
+    def _too_many(self) -> int:
+        """How many idle workers must not wait for their end: each environment would keep some otherwise."""
+        return len(self.idle) - 2 * self.pool_size - SPARE_WORKERS if self.apart else 0
+
+    def may_start(self, shape: Shape | None) -> bool:
+        """Whether somebody idle could run its tasks.  A hint, for another thread."""
+        if not self.apart or shape is None:
+            return bool(self.idle)
+        return any(not w.environment or w.environment == shape.environment for w in list(self.idle.values()))
+
+    def _idle_for(self, shape: Shape) -> dict[int, WorkerRecord]:
+        """Those of the idle that its tasks may be given to: of its environment, or else of none so far."""
+        environment = shape.environment
+        own = {number: worker for number, worker in self.idle.items() if worker.environment == environment}
+        if not environment:
+            return own
+        return own or {n: worker for n, worker in self.idle.items() if not worker.environment and not worker.known}
 
     # ------------------------------------------------------------ resources
 
@@ -282,8 +339,8 @@ class Scheduler:
         fitting = [(left, gpu) for gpu, left in enumerate(self._gpu_free) if left >= amount]
         return (min(fitting)[1],) if fitting else None
 
-    def _lease(self, shape: Shape) -> WorkerRecord:
-        worker = self.policy.pick_worker(self.idle)
+    def _lease(self, shape: Shape, idle: dict[int, WorkerRecord]) -> WorkerRecord:
+        worker = self.policy.pick_worker(idle)
         del self.idle[worker.client]
         worker.shape = shape
         if not shape.exclusive:
@@ -365,10 +422,13 @@ class Scheduler:
     def tick(self, now: float) -> list[WorkerRecord]:
         """Workers that have been idle and too many for long enough; look again whether a prefetched task is stuck."""
         self.wake_at = None
-        ending = []
+        ending = [worker for worker in self.idle.values() if worker.environment == SPENT] if self.apart else []
         surplus = len(self.idle) - self.pool_size
-        for worker in list(self.idle.values())[: max(0, surplus)]:
-            if now >= worker.idle_since + IDLE_WORKER_S:  # As the deadline was set: a difference rounds otherwise.
+        too_many = self._too_many()
+        for position, worker in enumerate(list(self.idle.values())[: max(0, surplus)]):
+            if worker.environment == SPENT:
+                continue
+            if now >= worker.idle_since + IDLE_WORKER_S or position < too_many:
                 ending.append(worker)
             else:
                 self._wake_by(worker.idle_since + IDLE_WORKER_S)
@@ -448,6 +508,10 @@ class Scheduler:
             assert worker.client not in self.idle, f"{name} is idle and holds resources"
             assert worker.in_flight or worker.actor is not None, f"{name} holds resources and has nothing to do"
             assert (worker.client in shape.leased) != shape.exclusive, f"{name} is not where its lease is"
+            assert worker.environment == shape.environment, f"{name} is of another environment than its lease"
+            for options in (task.template.options for task in worker.in_flight.values()):
+                of_its_own = options.kind == ACTOR_METHOD or options.runtime_env == worker.environment
+                assert of_its_own, f"{name} runs {options.name}, which is of another environment"
             assert worker.blocked >= 0, f"{name} is blocked {worker.blocked} times"
             for resource, amount in shape.resources:
                 if resource != "CPU" or not worker.blocked:

@@ -6,8 +6,8 @@
         live/<session>/           20250131-094502-8123-3fa1: when, the driver's pid, four random digits
             session.json          who runs it: see `Session.facts`
             gcs.sqlite            the GCS's file
-            logs/  spill/
-        finished/<session>/       the same without spill/; the newest 10 are kept to be looked at
+            logs/  spill/  runtime_env/
+        finished/<session>/       the same without the last two; the newest 10 are kept to be looked at
 
 A session is moved from live to finished by its driver; or by its zygote if the driver was killed; or, if
 both were, by the next driver's `sweep`.  All three do the same (`finish_session`), and may do it at once: the
@@ -128,6 +128,7 @@ def finish_session(path: str, arena: str | None) -> str:
 
         unlink_arena(arena)
     _remove(os.path.join(path, "spill"))
+    _remove(os.path.join(path, "runtime_env"))
     root = os.path.dirname(os.path.dirname(path))
     finished = os.path.join(root, FINISHED, os.path.basename(path))
     with suppress(FileNotFoundError):  # Another process was first.
@@ -179,17 +180,19 @@ def sweep(root: str | None = None) -> list[str]:
     return swept
 
 
-def find(text: str | None = None, root: str | None = None) -> str | None:
+def find(text: str | None = None, root: str | None = None, with_file: str = "") -> str | None:
     """The path of the newest live session, else of the newest finished one, or None.
 
     With ``text``: of those whose name contains it, or the directory itself whose path it is.
+    With ``with_file``: of those that have this file; one that is just starting has little.
     """
     if text and os.path.isfile(os.path.join(text, "session.json")):
         return os.path.abspath(text)
     root = os.path.abspath(root or default_root())
     for kind in (LIVE, FINISHED):
         for path in _newest_first(os.path.join(root, kind)):
-            if not text or text in os.path.basename(path):
+            named = not text or text in os.path.basename(path)
+            if named and os.path.exists(os.path.join(path, with_file)):
                 return path
     return None
 

@@ -300,7 +300,7 @@ def gcs_file(address: str | None = None, timeout: float = 30) -> str:
         return str(address)
     from minray import session
 
-    directory = session.find(None if address == "auto" else address)
+    directory = session.find(None if address == "auto" else address, with_file="gcs.sqlite")
     path = os.path.join(directory or "", "gcs.sqlite")
     if directory is None or not os.path.isfile(path):
         wanted = "no session" if address in (None, "auto") else f"no session {address!r}"

@@ -50,6 +50,12 @@ class Surroundings:
         self._note(os, "dup2", lambda fd, fd2, *_: fd2 <= 2)
         self._note(signal, "signal", lambda number, handler: number == signal.SIGINT)
 
+    def stay_here(self) -> None:
+        """The directory that this process is in now is the one to go back to."""
+        with suppress(OSError):
+            self._directory = os.getcwd()
+        self.disturbed = False
+
     def _note(self, module: Any, name: str, disturbs: Callable[..., bool]) -> None:
         original = getattr(module, name)
 

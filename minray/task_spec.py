@@ -41,6 +41,9 @@ INLINE, ARENA, SPILLED = range(3)
 OK, ERROR, RETRYABLE_ERROR, CANCELLED, ACTOR_EXITED = range(5)
 """How a task ended, in the worker's words.  A retryable error is one that `retry_exceptions` names."""
 
+STREAMING, DYNAMIC = 1, 2
+"""How a generator's values come: one by one as it yields them, or as one list of refs when it has ended."""
+
 Resources = tuple[tuple[str, int], ...]
 """Sorted (name, ten-thousandths) pairs: a task's demand, and the key of its queue."""
 
@@ -56,10 +59,22 @@ class TaskOptions(NamedTuple):
     resources: Resources = ()
     max_retries: int = 3  # -1: without end
     retry_exceptions: bytes | bool = False  # True, or a pickled tuple of exception classes
-    max_concurrency: int = 1  # threads of an actor
+    max_concurrency: int = 1  # calls of an actor that run at the same time: those of no group
     interface: bytes = b""  # of an actor: the pickled `actor.Interface` that a handle to it needs
     checkpoint_every: int = 0  # calls of an actor; 0: not by number
     checkpoint_interval_s: float = 0.0  # 0: not by time
+    streaming: int = 0  # STREAMING or DYNAMIC for a generator whose values have refs of their own (see node_streams.py)
+    backpressure: int = 0  # so many items that nobody has taken, and the generator pauses; 0: it never does
+    is_async: bool = False  # of an actor: its class has coroutine methods
+    concurrency_groups: tuple[tuple[str, int], ...] = ()  # of an actor: names, and how many calls of each may run
+    concurrency_group: str = ""  # of a method; "": none
+    runtime_env: str = ""  # JSON, as `runtime_env.resolve` makes it; "": none, the process as it is forked
+    max_calls: int = 0  # so many calls of this function, and the worker is replaced; 0: never
+
+    @property
+    def concurrency(self) -> int:
+        """How many calls of this actor may run at the same time, over all groups."""
+        return self.max_concurrency + sum(limit for _, limit in self.concurrency_groups)
 
 
 class ActorOptions(NamedTuple):

@@ -19,33 +19,37 @@ import atexit
 import fcntl
 import gc
 import io
+import json
 import os
 import random
 import select
 import signal
 import socket
 import sys
+import termios
 import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import compress, count, islice
 from time import monotonic
-from types import FrameType
+from types import CoroutineType, FrameType
 from typing import Any
 
-from minray import api, ids, object_ref
+from minray import api, ids, object_ref, process_title
 from minray.clock import EPOCH
 from minray.channel import RECEIVE_BYTES, FrameReader, frame
 from minray.checkpoint import Checkpoints
+from minray.concurrent_calls import ConcurrentCalls, ThreadedCalls
 from minray.core_worker import CoreWorker, Resolved, TaskContext, ValueLost, unpickle_classes
 from minray.exceptions import (
-    ActorDiedError, CheckpointError, GetTimeoutError, ObjectStoreFullError, make_argument_error, make_task_error,
+    ActorDiedError, CheckpointError, GetTimeoutError, ObjectStoreFullError, RuntimeEnvSetupError, make_argument_error,
+    make_task_error,
 )  # fmt: skip
+from minray.generator import Producer
 from minray.interrupts import interrupt, raise_deferred, uninterruptible
-from minray.loop import SPIN_S, WORTH_SPINNING_S, Loop, Waiter
+from minray.loop import HOLD_S, SPIN_S, WORTH_SPINNING_S, Loop, Waiter
 from minray.messages import ArgumentLost, CheckpointFailed, Event, ObjectsAwaited
 from minray.object_ref import ObjectRef
 from minray.object_store import Arena
@@ -53,11 +57,12 @@ from minray.output_labels import LabelledFile
 from minray.serialization import INLINE_LIMIT, deserialize, serialize, to_bytes
 from minray.surroundings import OWN_FDS_FROM, Surroundings
 from minray.task_spec import (
-    ACTOR_CREATION, ACTOR_EXITED, ACTOR_METHOD, CANCELLED, ERROR, OK, RETRYABLE_ERROR, TASK, TaskOptions, TaskSpec,
+    ACTOR_CREATION, ACTOR_EXITED, ACTOR_METHOD, CANCELLED, ERROR, OK, RETRYABLE_ERROR, STREAMING, TASK, TaskOptions,
+    TaskSpec,
 )  # fmt: skip
 
-HOLD_S = 0.001
-"""A result waits at most this long for company."""
+TITLE_AFTER_S = 0.05
+"""A task that has been executed for so long gives its process its name."""
 BLACK_BOX_SLOTS = 4096
 BLACK_BOX_BYTES = 17 * BLACK_BOX_SLOTS
 """The start of the arena: for each worker the ID of the task that it executes, so that when it dies, or holds the GIL
@@ -90,6 +95,8 @@ class Worker(CoreWorker):
         self.config = config
         self.job_id = config["job_id"]
         self.namespace = config["namespace"]
+        self.session_path = config["session"]
+        self.default_lifetime = config["default_lifetime"]
         if config["job"] is not None:
             from minray.code_digest import Digester
 
@@ -115,6 +122,7 @@ class Worker(CoreWorker):
         self._poll_object.register(self.sock, select.POLLIN)
         self._poll_object.register(self._wake_r, select.POLLIN)
         self.loop = Loop(self._poll, self._wake, "minray-caretaker")
+        self.loop.glance = self._mind_title  # A task that waits in get() leads the loop itself.
         self.queue: deque[tuple[Any, ...]] = deque()  # tasks not yet started
         self._work = Waiter()  # the main thread waits on it when the queue is empty
         self._idle = False
@@ -122,7 +130,9 @@ class Worker(CoreWorker):
         self._results: deque[tuple[bytes, int, Any, float, float]] = deque()
         self._specs: list[tuple[Any, ...]] = []  # submitted, not yet in a message
         self._specs_parent = b""
-        self._out_lock = threading.RLock()
+        self._within: deque[tuple[Any, ...]] = deque()  # messages of code that interrupted the holder of the lock
+        self._out_lock = threading.RLock()  # never taken again by its holder: it only knows who that is
+        self.interrupts_change = self._out_lock._is_owned  # type: ignore[attr-defined]
         self._sent_s = 0.0
         self._templates_known: dict[int, TaskOptions] = {}
         self._pickled: dict[bytes, bytes] = {}
@@ -137,12 +147,19 @@ class Worker(CoreWorker):
         self.actor: Any = None
         self.actor_id: bytes | None = None
         self.actor_options: TaskOptions | None = None
-        self._threads: ThreadPoolExecutor | None = None
+        self._concurrent: ConcurrentCalls | None = None  # runs an actor's calls beside each other
+        self._serve: Callable[[], None] | None = None  # what the main thread does instead, once an actor is there
         self._exiting = False
         self._over = False  # The actor has ended itself: nothing more is run.
         self._forked = False
         self.reconstructed = False
-        self._run_one = self._execute  # another one for an actor with exact recovery, so that others pay nothing
+        # Another one before the first task in an environment, and in an actor with exact recovery: others pay nothing.
+        self._run_one = self._execute
+        self._environment = ""  # to be set up, or set up
+        self._title = process_title.IDLE  # what the process is called between tasks
+        self._titled = False  # it is called after a task
+        self._seen = b""  # the task that was executed at the last look, and at the first look at it:
+        self._seen_s = 0.0
         self._checkpoints: Checkpoints | None = None
         self._saving = False
         self._restore_from: tuple[int, Any] | None = None  # its number, and the checkpoint as it was fetched
@@ -163,7 +180,7 @@ class Worker(CoreWorker):
                 self._in_hand = queue[0]  # Never in neither place: see _on_Forget.
                 task = queue.popleft()
             except IndexError:
-                if self._exiting:
+                if self._exiting or self._serve is not None:
                     break
                 self._work.done = False
                 self._idle = True  # Before the look: what comes after it rings, and what others submit they send.
@@ -173,8 +190,11 @@ class Worker(CoreWorker):
                         self.loop.wait(self._work)
                 self._idle = False
                 continue
-            if self._threads is not None and self._templates_known[task[1]].kind == ACTOR_METHOD:
-                self._threads.submit(self._execute_in_thread, task)
+            if self._concurrent is not None:  # The actor is there, and all that comes is a call of it.
+                if self._serve is not None:
+                    queue.appendleft(task)
+                    break
+                self._concurrent.take(task)
             else:
                 # First the ID, then the look: the node sets the mark first, and then looks for the ID.
                 self._black_box[:] = task[0]
@@ -184,14 +204,19 @@ class Worker(CoreWorker):
                 if self._dropped is task:
                     continue
                 self._run_one(task, self._context)
+                if self._titled:
+                    self._untitle()
                 # The next may be long: send, unless it is known to be short and the last frame is young.
                 # A result that waits is lost with this process, and its task runs again: both must allow it.
                 if not (queue and queue[0][4] and task[4] and monotonic() - self._sent_s < HOLD_S):
                     self.flush()
                 else:
                     object_ref.rouse()  # Should the caretaker be in the poll already, it sends this in a moment.
-        if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
+        self.flush()
+        if self._serve is not None and not self._over:
+            self._serve()
+        if self._concurrent is not None:
+            self._concurrent.close()
         self.flush()
         self._end_actor()
 
@@ -213,16 +238,44 @@ class Worker(CoreWorker):
         last_word = getattr(self.actor, "__ray_shutdown__", None)
         if last_word is not None:
             try:
-                last_word()
+                said = last_word()
+                if type(said) is CoroutineType and self._concurrent is not None:
+                    self._concurrent.complete(said)
             except BaseException:
                 traceback.print_exc()
 
-    def _execute_in_thread(self, task: tuple[Any, ...]) -> None:
-        if self._over:
+    def _execute_in_environment(self, task: tuple[Any, ...], context: TaskContext) -> None:
+        """The first task: before it, this process becomes what its environment says; if it cannot, the task fails."""
+        from minray.worker_environment import set_up
+
+        env = json.loads(self._environment)
+        context.options = self._templates_known[task[1]]  # For the labels of what is said meanwhile.
+        try:
+            set_up(env, self.session_path)
+        except BaseException as error:  # noqa: B036  (a hook may raise anything)
+            self._environment_failed(task, error)
             return
-        context = self._contexts[threading.get_ident()] = TaskContext(task[0], None)
-        self._execute(task, context)
-        self.flush()
+        if "working_dir" in env:
+            self.surroundings.stay_here()
+        # AssignResources leaves these alone from now on.
+        self.config["environment"] = {**self.config["environment"], **env.get("env_vars", {})}
+        self.runtime_env = self._environment
+        self.token = object()  # What was submitted here before has inherited nothing.
+        self._run_one = self._execute
+        self._run_one(task, context)
+
+    def _environment_failed(self, task: tuple[Any, ...], error: BaseException) -> None:
+        task_id, options = task[0], self._templates_known[task[1]]
+        why = str(error) if isinstance(error, RuntimeEnvSetupError) else _one_line(error)
+        failure = RuntimeEnvSetupError(
+            f"the runtime environment of {options.name} [task {ids.short(task_id)}] could not be set up: {why}\n"
+            "It was not run, and minray will not try again by itself. Mend the runtime_env, and submit it again."
+        )
+        now = EPOCH + monotonic()
+        self.unpin_unread(task[3] or ())
+        self._black_box[:] = ids.NIL
+        text = f"RuntimeEnvSetupError: {why.partition(chr(10))[0][:500]}"
+        self._results.append((task_id, ERROR, (to_bytes(serialize(failure)), text), now, now))
 
     def _execute(self, task: tuple[Any, ...], context: TaskContext) -> None:
         task_id, template_no, args, values, _ = task
@@ -299,14 +352,22 @@ class Worker(CoreWorker):
     def _construct(self, cls: Any, options: TaskOptions, args: Any, kwargs: Any) -> None:
         self.actor_id = self._context.task_id
         self.actor_options = options
+        self._title = options.name.partition(".")[0]
+        process_title.show(self._title)
         if options.checkpoint_every or options.checkpoint_interval_s:
             self._checkpoints = Checkpoints(cls, options)
             self._run_one = self._execute_and_save
             self.actor = self._restored(lambda: cls(*args, **kwargs))
+        elif options.is_async:
+            from minray.async_actor import AsyncCalls
+
+            calls = self._concurrent = AsyncCalls(self, options)
+            self._serve = calls.serve
+            self.actor = calls.construct(cls, args, kwargs)
         else:
             self.actor = cls(*args, **kwargs)
-        if options.max_concurrency > 1:
-            self._threads = ThreadPoolExecutor(options.max_concurrency, thread_name_prefix="minray-actor")
+            if options.concurrency > 1:
+                self._concurrent = ThreadedCalls(self, options)
 
     # ------------------------------------------------------------ exact recovery
 
@@ -355,7 +416,7 @@ class Worker(CoreWorker):
             if results:
                 self._out.append(("TasksFinished", results))
             self._out.append(("CheckpointTaken", object_id, value, not checkpoints.own_way))
-            self._flush()
+        self._flush()
 
     def ask(self, make: Callable[[int], Event]) -> Any:
         """While its state is saved an actor may come to its end, and then the node answers no more."""
@@ -416,6 +477,8 @@ class Worker(CoreWorker):
         return [self.store(ids.return_id(task_id, i), part) for i, part in enumerate(serialized_parts)]
 
     def _parts(self, options: TaskOptions, value: Any) -> list[Any]:
+        if options.streaming:
+            return self._stream(options, value)
         count = options.num_returns
         if not hasattr(value, "__iter__"):
             raise ValueError(
@@ -426,14 +489,57 @@ class Worker(CoreWorker):
             raise ValueError(f"{options.name}() has num_returns={count} and returned {len(parts)} values.")
         return parts
 
+    def _stream(self, options: TaskOptions, generator: Any) -> list[Any]:
+        """Run a generator to its end, and send what it yields on the way; its two returns (see node_streams.py)."""
+        producer = self._producer(self.context().task_id, options, generator)
+        if options.streaming == STREAMING:
+            return [producer.run(generator), None]
+        try:
+            producer.run(generator)
+        except Exception as error:
+            self._put_error(producer, options, error)
+        return [producer.result(), None]
+
+    async def _stream_beside_others(self, task_id: bytes, options: TaskOptions, generator: Any) -> list[Any]:
+        """The same, in an actor whose calls share an event loop."""
+        if type(generator) is CoroutineType:
+            generator = await generator
+        producer = self._producer(task_id, options, generator)
+        if options.streaming == STREAMING:
+            return [await producer.run_beside_others(generator), None]
+        try:
+            await producer.run_beside_others(generator)
+        except Exception as error:
+            self._put_error(producer, options, error)
+        return [producer.result(), None]
+
+    def _producer(self, task_id: bytes, options: TaskOptions, generator: Any) -> Producer:
+        if not hasattr(generator, "__next__") and not hasattr(generator, "__anext__"):
+            kind = "streaming" if options.streaming == STREAMING else "dynamic"
+            raise ValueError(
+                f'{options.name}() has num_returns="{kind}" and returned one {type(generator).__name__}, not a '
+                "generator. Let it yield its values, or leave num_returns out."
+            )
+        return Producer(self, task_id, options)
+
+    def _put_error(self, producer: Producer, options: TaskOptions, error: Exception) -> None:
+        """A "dynamic" generator has raised: a last item, unless it is to run again."""
+        status, payload = self._failure(error, options, producer.task_id)
+        if status != ERROR:
+            raise error
+        producer.put_error(payload[0])
+
     def _failure(self, error: BaseException, options: TaskOptions, task_id: bytes) -> tuple[int, Any]:
         """The status and payload of a task that raised."""
         if isinstance(error, KeyboardInterrupt) and task_id in self._cancelled:
             self._cancelled.discard(task_id)
             return CANCELLED, (b"", "cancelled")
         if isinstance(error, ActorExit):
-            self._exiting = self._over = True
-            self.queue.clear()
+            if self._concurrent is None or options.kind != ACTOR_METHOD:
+                self._exiting = self._over = True
+                self.queue.clear()
+            elif isinstance(self._concurrent, ThreadedCalls):
+                self._concurrent.leave(options.method != "__ray_terminate__")
             return ACTOR_EXITED, (b"", str(error))
         wrapped: BaseException
         if isinstance(error, _ArgumentFailed):
@@ -467,6 +573,32 @@ class Worker(CoreWorker):
         except Exception:
             return None
 
+    # ------------------------------------------------------------ the title
+
+    def _mind_title(self) -> float | None:
+        """Look whether the process shall be called after a task; when to look again, in seconds.
+
+        Called by the caretaker: a short task never comes this far."""
+        if self._titled or self.actor_id is not None:
+            return None
+        running, now = bytes(self._black_box), monotonic()
+        if running != self._seen or running == ids.NIL:
+            self._seen, self._seen_s = running, now
+        if running == ids.NIL or now - self._seen_s < TITLE_AFTER_S:
+            return TITLE_AFTER_S
+        self._titled = True  # First: if the task ends now, `_untitle` has its say, or the look below.
+        process_title.show(self.label() or "task")
+        if bytes(self._black_box) != running:
+            self._titled = False
+            process_title.show(self._title)
+        return None
+
+    def _untitle(self) -> None:
+        self._titled = False
+        self._seen = b""
+        process_title.show(self._title)
+        self._wake()  # The caretaker, if it goes on: the next task may be long as well.
+
     # ------------------------------------------------------------ sending
 
     def label(self) -> str | None:
@@ -480,9 +612,13 @@ class Worker(CoreWorker):
         return self._contexts.get(threading.get_ident(), self._context) if self._contexts else self._context
 
     def send(self, event: Event) -> None:
+        message = (type(event).__name__, *event[1:])
+        if self.interrupts_change():
+            self._within.append(message)
+            return
         with self._out_lock:
             self._collect_specs()
-            self._out.append((type(event).__name__, *event[1:]))
+            self._out.append(message)
 
     def send_now(self, event: Event) -> None:
         self.send(event)
@@ -490,8 +626,13 @@ class Worker(CoreWorker):
 
     def submit_spec(self, spec: TaskSpec, num_returns: int) -> None:
         parent = self.context().task_id
+        if self.interrupts_change():  # A finalizer, which the garbage collector calls anywhere, or a signal handler.
+            for index in range(num_returns):
+                self.references.adopt(ids.return_id(spec.task_id, index))
+            self._within.append(("TasksSubmitted", parent, [spec.to_wire()]))
+            return
         with self._out_lock:
-            if parent != self._specs_parent:
+            if parent != self._specs_parent or self._within:
                 self._collect_specs()
                 self._specs_parent = parent
             self._specs.append(spec.to_wire())
@@ -502,10 +643,35 @@ class Worker(CoreWorker):
         else:
             object_ref.rouse()  # Should this task compute now, the caretaker sends the rest.
 
+    def send_item(self, task_id: bytes, item: int, value: Any, failed: bool) -> None:
+        """What a generator has yielded leaves at once, unless the node has not even read the last frame: then nobody
+        waits for it, and it goes with what follows, or in a moment."""
+        self._note_item(task_id, item, value, failed)
+        if monotonic() - self._sent_s < HOLD_S and self._num_unread():
+            object_ref.rouse()  # Should the generator compute now, the caretaker sends it.
+        else:
+            self.flush()
+
+    @uninterruptible
+    def _note_item(self, task_id: bytes, item: int, value: Any, failed: bool) -> None:
+        with self._out_lock:
+            self._collect_specs()
+            last = self._out[-1] if self._out else None
+            if last is not None and last[0] == "ItemsYielded" and last[1] == task_id and not failed:
+                last[3].append(value)
+            else:
+                self._out.append(("ItemsYielded", task_id, item, [value], failed))
+
+    def _num_unread(self) -> int:
+        """Bytes of what was sent that the node has not read (and some more: the kernel counts its own)."""
+        return int.from_bytes(fcntl.ioctl(self.sock, termios.TIOCOUTQ, b"\0\0\0\0"), sys.byteorder)
+
     def _collect_specs(self) -> None:
         if self._specs:
             self._out.append(("TasksSubmitted", self._specs_parent, self._specs))
             self._specs = []
+        while self._within:
+            self._out.append(self._within.popleft())
 
     def flush(self) -> None:
         """Send everything there is, in an order in which nothing is freed that is still needed."""
@@ -514,6 +680,13 @@ class Worker(CoreWorker):
 
     @uninterruptible
     def _flush(self) -> None:
+        if self.interrupts_change():
+            return  # Whoever is interrupted sends it, here or with its own.
+        self._send_out()
+        while self._within:
+            self._send_out()
+
+    def _send_out(self) -> None:
         with self._out_lock:
             references = self.references
             # Counted first: what is done while we collect the rest goes with the next frame.
@@ -551,13 +724,15 @@ class Worker(CoreWorker):
             os.write(self._wake_w, b"w")
 
     def _poll(self, timeout: float | None, caretaking: bool) -> None:
-        caretaking = caretaking or self._threads is not None  # Then others run the tasks, and this thread can.
+        caretaking = caretaking or self._concurrent is not None  # Then others run the tasks, and this thread can.
         if caretaking and self._roused:
             self._roused = False  # More may follow: a burst goes in large frames.
             timeout = HOLD_S if timeout is None else min(timeout, HOLD_S)
         elif caretaking:
             object_ref.rouse_by(self._wake)  # Before it looks: what is dropped or submitted from now on rings.
             self._take_care()
+            if timeout is None:
+                timeout = self._mind_title()
         if caretaking or timeout is not None:
             for fd, _ in self._poll_object.poll(None if timeout is None else timeout * 1000):
                 if fd == self._wake_r:
@@ -621,9 +796,14 @@ class Worker(CoreWorker):
         names = self.config["gpus"]
         self.resources = resources
         self.gpu_ids = tuple(names[gpu] for gpu in gpu_ids) if names else gpu_ids
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpu_ids))
+        if "CUDA_VISIBLE_DEVICES" not in self.config["environment"]:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpu_ids))
         if "OMP_NUM_THREADS" not in self.config["environment"]:
             os.environ["OMP_NUM_THREADS"] = str(max(1, int(num_cpus)))
+
+    def _on_SetUpEnvironment(self, environment: str) -> None:
+        self._environment = environment
+        self._run_one = self._execute_in_environment  # Not here: that may take long, and this thread may serve others.
 
     def _on_MarkReconstructed(self) -> None:
         self.reconstructed = True
@@ -643,7 +823,7 @@ class Worker(CoreWorker):
     def _give_back(self, task_ids: list[bytes]) -> None:
         with self._out_lock:
             self._out.append(("TasksReturned", task_ids, self._forgets))
-            self._flush()
+        self._flush()
 
     def _on_Forget(self, task_ids: list[bytes]) -> None:
         forgotten = set(task_ids)
@@ -667,7 +847,12 @@ class Worker(CoreWorker):
                     self.queue.remove(task)
                     self._give_back([task_id])  # Not as a result: it may have been given to others, see TasksReturned.
                     return
+        if self._concurrent is not None and self._concurrent.drop(task_id):
+            self._give_back([task_id])
+            return
         self._cancelled.add(task_id)
+        if self._concurrent is not None:
+            self._concurrent.interrupt(task_id)
         if self._executing == task_id and self.actor is None:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
@@ -705,15 +890,19 @@ class Worker(CoreWorker):
 
     def _await(self, refs: Sequence[bytes], num_ready: int, fetch: bool, deadline: float | None) -> Any:
         object_ids = [bytes(ref) for ref in refs]
+        return self.stand_still(
+            lambda rid, blocks: ObjectsAwaited(self.client, rid, object_ids, num_ready, fetch, blocks), deadline
+        )
+
+    def stand_still(self, make: Callable[[int, bool], Event], deadline: float | None = None) -> Any:
+        """The answer to an event that a task waits for; others may use its CPU, and have the tasks behind it."""
         in_main = threading.current_thread() is threading.main_thread()
-        blocks = in_main or self._threads is not None
+        blocks = in_main or self._concurrent is not None
         self._blocked += in_main  # Before the look at the queue: see _on_RunTasks.
         try:
             if in_main and self.actor is None and self.queue:
                 self._on_TakeBack(len(self.queue))  # This may take long: let others have them.
-            return self.request(
-                lambda rid: ObjectsAwaited(self.client, rid, object_ids, num_ready, fetch, blocks), deadline
-            )
+            return self.request(lambda rid: make(rid, blocks), deadline)
         finally:
             self._blocked -= in_main
 
@@ -768,7 +957,8 @@ def _story(error: BaseException) -> str:
 
 def main(sock: socket.socket, config: dict[str, Any], number: int, path: list[str], directory: str) -> None:
     """The body of a worker process, just forked from the zygote."""
-    sys.path[:] = path
+    process_title.show(process_title.IDLE)
+    sys.path[:] = [*path, *config["search_path"]]
     sys.argv = [""]
     with suppress(OSError):
         os.chdir(directory)

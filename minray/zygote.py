@@ -35,7 +35,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from minray import session
+from minray import process_title, session
 from minray.output_labels import LabelReader
 
 GCS = -1
@@ -61,6 +61,7 @@ class ZygoteClient:
         self._start()
 
     def _start(self) -> None:
+        _fill_standard_descriptors()
         self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         path, fd = _search_path(), theirs.fileno()
@@ -163,6 +164,17 @@ class ZygoteClient:
         self._process.returncode = 0  # Not a child of this process, which must not wait for it.
 
 
+def _fill_standard_descriptors() -> None:
+    """In a driver that was started without some of them (a daemon), our sockets must not get the numbers 0 to 2:
+    what its children print would go there.  They stay: closed later, they could be somebody else's by then."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # The lowest number that is free.
+            os.set_inheritable(fd, True)
+
+
 def _search_path() -> list[str]:
     """sys.path; pathlib's paths, which Python ignores there, do not become part of a program."""
     return [entry for entry in sys.path if isinstance(entry, str)]
@@ -187,6 +199,9 @@ def main(fd: int) -> None:
             __import__(name)
     import minray.worker  # noqa: F401
 
+    process_title.prefix = config["title"]
+    process_title.begin()
+    process_title.show("zygote")
     gc.collect()
     gc.freeze()  # Children share these pages; a collection would write to each of them.
     zygote = Zygote(sock, config)
@@ -329,6 +344,7 @@ class Zygote:
             if os.getppid() != parent:
                 return  # The zygote died before the line above.
             if message[0] == "gcs":
+                process_title.show("gcs")
                 from minray import gcs
 
                 path = os.path.join(self.config["session"], "gcs.sqlite")
@@ -338,6 +354,8 @@ class Zygote:
                 from minray import worker
 
                 worker.main(sock, self.config, number=message[1], path=message[2], directory=message[3])
+        except SystemExit:
+            raise  # It has said why.
         except BaseException:
             sys.excepthook(*sys.exc_info())
             raise

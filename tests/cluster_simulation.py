@@ -19,7 +19,7 @@ from random import Random
 from typing import Any
 
 from simulation import (
-    ACTOR, EXACT, HUNGRY, NO_ACTOR, OWN_WAY, Context, Driver, Machine, Process, Worker, limits,
+    ACTOR, EXACT, HUNGRY, KINDS, NO_ACTOR, OWN_WAY, Context, Driver, Machine, Process, Worker, limits,
 )  # fmt: skip
 
 from minray import ids
@@ -57,6 +57,7 @@ class Host(Machine):
     rng, now, faulty, events, trace, story = (shared(n) for n in ("rng", "now", "faulty", "events", "trace", "story"))
     depth, secluded, actor_ids, contents, calls = (shared(n) for n in ("depth", "secluded", "actor_ids", "contents", "calls"))
     states, stamps, actor_kinds, check_every, seed = (shared(n) for n in ("states", "stamps", "actor_kinds", "check_every", "seed"))
+    exact, task_kinds = shared("exact"), shared("task_kinds")
 
     def __init__(self, world: World, node_no: int, resources: dict[str, int], store_bytes: int, cpus: int) -> None:
         self.world = world
@@ -287,6 +288,8 @@ class World:
         self.calls: dict[bytes, tuple[bytes, int]] = {}
         self.states: dict[bytes, tuple[tuple[bytes, ...], tuple[bytes, ...]]] = {}
         self.stamps = itertools.count(1)
+        self.exact: dict[bytes, bool] = {}
+        self.task_kinds = KINDS  # Generators do not run on other nodes yet.
         self.actor_kinds = (ACTOR, ACTOR, ACTOR, HUNGRY, HUNGRY, NO_ACTOR, EXACT, OWN_WAY, OWN_WAY)
         self.ended: dict[bytes, tuple[bytes, ...]] = {}  # by call of a guest: the state after its last execution
         self.hosts: dict[int, Host] = {}

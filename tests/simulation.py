@@ -43,14 +43,14 @@ from typing import Any
 
 from minray import actor_table, ids, lineage, node_exact
 from minray.messages import (
-    DRIVER, ActorKillRequested, ArgumentLost, Command, DeleteFile, Event, GcsRecovered, GcsStalled, HoldNext, KillWorker, ObjectLost, ObjectPut, ReferencesChanged, Reply, RunTasks, StartWorker, TasksFinished, TasksSubmitted,
+    DRIVER, ActorKillRequested, ArgumentLost, Command, DeleteFile, Event, GcsRecovered, GcsStalled, HoldNext, ItemsRequested, KillWorker, ObjectLost, ObjectPut, ReferencesChanged, Reply, RunTasks, StartWorker, TasksFinished, TasksSubmitted,
     Ticked, Warn, WorkerDied, WorkerStarted, event_from_wire,
 )  # fmt: skip
 from minray.lineage import FREED
 from minray.node import Node
 from minray.reference_counter import ReferenceCounter, References
 from minray.task_spec import (
-    ACTOR_CREATION, ACTOR_EXITED, ACTOR_METHOD, CANCELLED, DEAD, ERROR, FAILED, FINISHED, OK, RETRYABLE_ERROR, TASK, UNIT, ActorOptions,
+    ACTOR_CREATION, ACTOR_EXITED, ACTOR_METHOD, CANCELLED, DEAD, DYNAMIC, ERROR, FAILED, FINISHED, OK, RETRYABLE_ERROR, STREAMING, TASK, UNIT, ActorOptions,
     TaskOptions, TaskSpec,
 )  # fmt: skip
 
@@ -58,14 +58,15 @@ CPU, HALF, GPU, LICENSE, ROOM = ("CPU", UNIT), ("CPU", UNIT // 2), ("GPU", UNIT 
 FUNCTION = b"f" * 16
 
 PLAIN, TWO, FREE, SMALL, LICENSED, ON_GPU, NOTHING, IMPOSSIBLE, ACTOR, HUNGRY, CALL, LASTING_CALL, NO_ACTOR, EXACT, OWN_WAY, RETRIED_CALL, BUSY = range(17)
+STREAMED, PRESSED, LISTED, STREAMED_CALL = range(17, 21)
 TEMPLATES = [
     TaskOptions(TASK, FUNCTION, "plain", resources=(CPU,)),
-    TaskOptions(TASK, FUNCTION, "two", num_returns=2, resources=(CPU,), max_retries=1),
+    TaskOptions(TASK, FUNCTION, "two", num_returns=2, resources=(CPU,), max_retries=1, runtime_env='{"a": 1}'),
     TaskOptions(TASK, FUNCTION, "free", resources=()),
     TaskOptions(TASK, FUNCTION, "small", resources=(HALF,), max_retries=0, retry_exceptions=True),
-    TaskOptions(TASK, FUNCTION, "licensed", resources=(CPU, LICENSE), max_retries=-1, retry_exceptions=True),
+    TaskOptions(TASK, FUNCTION, "licensed", resources=(CPU, LICENSE), max_retries=-1, retry_exceptions=True, max_calls=2),
     TaskOptions(TASK, FUNCTION, "on_gpu", resources=(GPU,)),
-    TaskOptions(TASK, FUNCTION, "nothing", num_returns=0, resources=(CPU,)),
+    TaskOptions(TASK, FUNCTION, "nothing", num_returns=0, resources=(CPU,), runtime_env='{"b": 1}'),
     TaskOptions(TASK, FUNCTION, "impossible", resources=(("CPU", 999 * UNIT),)),
     TaskOptions(ACTOR_CREATION, FUNCTION, "A.__init__", max_retries=0),
     TaskOptions(ACTOR_CREATION, FUNCTION, "B.__init__", resources=(ROOM,), max_retries=0),
@@ -73,12 +74,18 @@ TEMPLATES = [
     TaskOptions(ACTOR_METHOD, b"", "A.lasting", method="call", max_retries=2),
     TaskOptions(ACTOR_CREATION, FUNCTION, "C.__init__", resources=(("CPU", 999 * UNIT),), max_retries=0),
     TaskOptions(ACTOR_CREATION, FUNCTION, "D.__init__", max_retries=0, checkpoint_every=1),
-    TaskOptions(ACTOR_CREATION, FUNCTION, "E.__init__", max_retries=0, checkpoint_every=6),
+    TaskOptions(ACTOR_CREATION, FUNCTION, "E.__init__", max_retries=0, checkpoint_every=6, runtime_env='{"a": 1}'),
     TaskOptions(ACTOR_METHOD, b"", "A.retried", method="call", max_retries=3, retry_exceptions=True),
     TaskOptions(ACTOR_CREATION, FUNCTION, "F.__init__", resources=(CPU,), max_retries=0),
+    TaskOptions(TASK, FUNCTION, "streamed", num_returns=2, resources=(CPU,), streaming=STREAMING),
+    TaskOptions(TASK, FUNCTION, "pressed", num_returns=2, resources=(CPU,), max_retries=1, retry_exceptions=True, streaming=STREAMING, backpressure=2),
+    TaskOptions(TASK, FUNCTION, "listed", num_returns=2, resources=(CPU,), streaming=DYNAMIC),
+    TaskOptions(ACTOR_METHOD, b"", "A.streamed", method="call", num_returns=2, max_retries=1, streaming=STREAMING),
 ]
 NAMES = ("a", "b")
-BLOCKING = (PLAIN, TWO, FREE, SMALL, CALL, LASTING_CALL, RETRIED_CALL)
+KINDS = (PLAIN, PLAIN, PLAIN, PLAIN, TWO, FREE, SMALL, LICENSED, ON_GPU, NOTHING, IMPOSSIBLE)
+GENERATORS = (STREAMED, STREAMED, PRESSED, LISTED)
+BLOCKING = (PLAIN, TWO, FREE, SMALL, CALL, LASTING_CALL, RETRIED_CALL, STREAMED, LISTED)
 """Kinds of task that may wait: what they hold is lent meanwhile, so that others can go on."""
 
 NOT_STARTED, SAVED = -1, -2
@@ -105,6 +112,8 @@ class Context:
         # What a method waits for must not need its actor: so it, and what it submits, uses only its own, and calls nobody.
         self.secluded = process.actor_id is not None or task_id in self.sim.secluded
         self.handles: list[bytes] = []  # of actors
+        self.readers: list[list[Any]] = []  # of generators: task, how many items were taken, how many are taken at once
+        self.num_items = digest[0] % 7  # that it yields, if it does
         self.views: list[tuple[bytes, Any]] = []
         self.depth = self.sim.depth.get(task_id, 0)
 
@@ -130,6 +139,12 @@ class Context:
             process.references.adopt(object_id)
             if actor is not None:
                 self.handles.append(object_id)
+            elif TEMPLATES[template].streaming and (index or TEMPLATES[template].backpressure):
+                # Who awaits the end of one that waits for room, and does not read, waits for ever.
+                if not index or TEMPLATES[template].streaming == DYNAMIC:
+                    process.references.dropped.append(object_id)
+                else:
+                    self.readers.append([task_id, 0, 1 if TEMPLATES[template].backpressure else 4])
             else:
                 self.refs.append(object_id)
                 self.own.append(object_id)
@@ -193,7 +208,55 @@ class Context:
         self.process.look_at(data, -1)
         self.process.unpinned.append(object_id)
 
+    def close_reader(self, reader: list[Any]) -> None:
+        self.readers.remove(reader)
+        self.process.references.dropped.append(ids.reader_id(reader[0]))
+
+    def read_items(self, reader: list[Any], may_block: bool) -> Generator[tuple[Any, ...], Any, None]:
+        wanted = self.rng.choice((1, 2, 5))
+        while wanted > 0 and reader in self.readers:
+            task_id, position, at_once = reader
+            at_once = min(at_once, wanted)
+            wanted -= 0 if may_block else wanted
+            answer = yield ("take", "ItemsRequested", task_id, position, at_once)
+            if answer is None:
+                self.close_reader(reader)
+                return
+            there, ended, had = answer
+            count = min(there, at_once)
+            for item in range(position, position + count):
+                item_id = ids.item_id(task_id, item)
+                if item_id in had:
+                    self.process.unpinned.append(item_id)
+                    self.process.references.born.append(item_id)
+                else:
+                    self.process.references.adopt(item_id)
+                self.refs.append(item_id)
+                self.own.append(item_id)
+            reader[1] += count
+            wanted -= count
+            if ended and count == there:
+                self.close_reader(reader)
+                return
+            if not count:
+                if not may_block:
+                    return
+                next_id = ids.item_id(task_id, reader[1])
+                yield ("await", [next_id], 1, False, None)
+
+    def yield_items(self, limit: int) -> Generator[tuple[Any, ...], Any, None]:
+        taken: int | None = 0
+        for item in range(self.num_items):
+            nested = (self.rng.choice(self.refs),) if self.refs and self.rng.random() < 0.4 else ()
+            value = yield from self.store(ids.item_id(self.task_id, item), nested)
+            self.process.yielded(self.task_id, item, value)
+            if limit and taken is not None and item + 1 - taken >= limit:
+                taken = yield ("room", self.task_id)
+            yield ("compute", self.rng.choice((0.0001, 0.002, 0.02)))
+
     def close(self) -> None:
+        for reader in list(self.readers):
+            self.close_reader(reader)
         while self.views:
             self.close_view()
         for object_id in self.refs + self.handles:
@@ -245,6 +308,8 @@ class Context:
         in_actor = self.process.actor_id is not None
         yield ("compute", rng.choice((0.0001, 0.0005, 0.003, 0.05)))
         yield from self.steps(rng.choice((0, 0, 1, 3, 5)), template in BLOCKING, not self.secluded)
+        if options.streaming:
+            yield from self.yield_items(options.backpressure)
         chance = rng.random()
         if options.retry_exceptions and self.sim.rng.random() < 0.3:
             return RETRYABLE_ERROR, (b"error", "it raised")
@@ -254,6 +319,10 @@ class Context:
             return ACTOR_EXITED, (b"", "exit_actor() was called")
         if options.num_returns == 1 and rng.random() < 0.6:
             return OK, pickle.dumps((self.task_id, (), self.sim.stamp()))
+        if options.streaming:
+            listed = tuple(ids.item_id(self.task_id, item) for item in range(self.num_items)) if options.streaming == DYNAMIC else ()
+            end = pickle.dumps((self.task_id, listed, self.sim.stamp()))
+            return OK, [(end, len(end), listed), (b"reader", 6, ())]
         values = []
         for index in range(options.num_returns):
             nested = (rng.choice(self.refs),) if self.refs and rng.random() < 0.5 else ()
@@ -268,7 +337,7 @@ class Context:
             what = rng.random()
             if what < 0.3 and self.depth < 3:
                 for _ in range(rng.choice((1, 1, 2, 5))):
-                    self.submit(rng.choice((PLAIN, PLAIN, PLAIN, PLAIN, TWO, FREE, SMALL, LICENSED, ON_GPU, NOTHING, IMPOSSIBLE)))
+                    self.submit(rng.choice(self.sim.task_kinds))
             elif what < 0.38:
                 yield from self.put()
             elif what < 0.44 and may_call and self.depth < 2:
@@ -277,8 +346,13 @@ class Context:
                 yield from self.look_up()
             elif what < 0.68 and may_call and self.handles:
                 handle = rng.choice(self.handles)
+                kinds = (CALL, CALL, LASTING_CALL, LASTING_CALL, RETRIED_CALL)
+                if handle not in self.sim.exact and STREAMED in self.sim.task_kinds:
+                    kinds += (STREAMED_CALL,)
                 for _ in range(rng.choice((1, 4, 8))):
-                    self.submit(rng.choice((CALL, CALL, LASTING_CALL, LASTING_CALL, RETRIED_CALL)), handle)
+                    self.submit(rng.choice(kinds), handle)
+            elif what < 0.76 and self.readers:
+                yield from self.read_items(rng.choice(self.readers), may_block)
             elif what < 0.84 and may_block and (usable := self.usable()):
                 yield from self.wait(rng.sample(usable, rng.randint(1, min(3, len(usable)))))
             elif what < 0.91 and self.refs:
@@ -286,6 +360,8 @@ class Context:
             elif what < 0.93 and self.handles and may_call:
                 # Or a constructor that ends its own actor would be run again for ever.
                 process.send("ActorKillRequested", rng.choice(self.handles), rng.random() < 0.5 or not self.sim.faulty)
+            elif what < 0.94 and self.readers:
+                self.close_reader(rng.choice(self.readers))
             elif what < 0.97 and self.refs:
                 self.drop(rng.choice(self.refs))
             elif self.views:
@@ -301,6 +377,8 @@ class Context:
         options = ActorOptions("A", name, max_restarts=rng.choice(restarts), detached=rng.random() < 0.1)
         self.submit(template, None, options)
         sim.actor_ids[self.handles[-1]] = options.detached
+        if TEMPLATES[template].checkpoint_every:
+            sim.exact[self.handles[-1]] = True
 
     def look_up(self) -> Generator[tuple[Any, ...], Any, None]:
         found = yield ("look", "ActorLookedUp", "", self.rng.choice(NAMES))
@@ -371,6 +449,17 @@ class Process:
         self.collect()
         self.out.append(message)
 
+    def yielded(self, task_id: bytes, item: int, value: Any) -> None:
+        """Sent at once, or with what follows."""
+        self.collect()
+        last = self.out[-1] if self.out else ("",)
+        if last[0] == "ItemsYielded" and last[1] == task_id:
+            last[3].append(value)
+        else:
+            self.out.append(("ItemsYielded", task_id, item, [value], False))
+        if self.sim.rng.random() < 0.5:
+            self.flush()
+
     def collect(self) -> None:
         if self.specs:
             self.out.append(("TasksSubmitted", self.parent, self.specs))
@@ -433,7 +522,10 @@ class Process:
             if self.results or self.specs or self.out:
                 self.sim.after(0.005, self.flush)
             return
-        if request[0] == "await":
+        if request[0] == "room":
+            self.about_to_wait()
+            self.send("RoomAwaited", number, request[1], True)
+        elif request[0] == "await":
             _, object_ids, num_ready, fetch, timeout = request
             self.about_to_wait()
             self.send("ObjectsAwaited", number, object_ids, num_ready, fetch, self.client != DRIVER)
@@ -511,6 +603,9 @@ class Driver(Process):
             if exact:
                 yield ("compute", 0.02)
         sim.faulty = False
+        for reader in list(context.readers):
+            context.close_reader(reader)
+        self.flush()
         # Everything must resolve now.
         while waiting := self.unresolved():
             yield ("await", waiting, len(waiting), False, None)
@@ -525,6 +620,8 @@ class Driver(Process):
 class Worker(Process):
     def __init__(self, sim: Machine, client: int) -> None:
         super().__init__(sim, client)
+        self.environment = ""
+        self.has_run = False
         self.queue: deque[tuple[Any, ...]] = deque()
         self.running: bytes | None = None  # the black box
         self.held = False  # starts nothing before it is told what to forget
@@ -566,8 +663,15 @@ class Worker(Process):
     def on_AssignResources(self, num_cpus: float, gpu_ids: tuple[int, ...], resources: dict[str, float]) -> None:
         pass
 
+    def on_SetUpEnvironment(self, environment: str) -> None:
+        assert not self.environment and not self.has_run, "an environment does not begin in a fresh process"
+        self.environment = environment
+
     def on_RunTasks(self, tasks: list[tuple[Any, ...]]) -> None:
+        self.has_run = True
         for task in tasks:
+            options = TEMPLATES[self.sim.template_of[(self.client, task[1])]]
+            assert options.kind == ACTOR_METHOD or options.runtime_env == self.environment, "it runs in another environment"
             for item in task[3] or ():
                 assert item is not None, "a dependency was handed over before it was ready"
         self.queue.extend(tasks)
@@ -576,7 +680,7 @@ class Worker(Process):
         self.next()
 
     def is_blocked(self) -> bool:
-        return self.waits_for is not None and self.waits_for[0] == "await"
+        return self.waits_for is not None and self.waits_for[0] in ("await", "room")
 
     def on_TakeBack(self, count: int) -> None:
         taken = []
@@ -607,7 +711,11 @@ class Worker(Process):
                 return
         if self.running == task_id and self.actor_id is None and self.code is not None and self.waits_for is not None:
             kind, number = self.waits_for
-            if kind == "await":
+            if kind == "take":  # It reads the answer first: what was handed over must be held.
+                if not self.dead:
+                    self.sim.after(0.001, self.on_CancelTask, task_id)
+                return
+            if kind in ("await", "room"):
                 self.send("RequestAbandoned", number)
             elif kind == "ask":
                 self.send("RequestAbandoned", number)
@@ -764,6 +872,8 @@ class Machine:
     depth: dict[bytes, int]  # of a task: how many made it, one the other
     secluded: list[bytes]
     actor_ids: dict[bytes, bool]
+    exact: dict[bytes, bool]  # actors with recovery, whose methods do not stream
+    task_kinds: tuple[int, ...]
     actor_kinds: tuple[int, ...]
     contents: dict[bytes, tuple[bytes, ...]]
     calls: dict[bytes, tuple[Any, int]]  # call -> (caller, its number in the order of submission)
@@ -900,6 +1010,8 @@ class Machine:
             parent, maker = self.parents.get(task.no, (None, None))
             keeps = parent is not None and parent.state < FINISHED and type(payload) is bytes
             keeps = keeps and lineage.MAX_CHILDREN == 1000
+            if task.template.options.streaming == STREAMING:
+                keeps = maker = None  # What came after its reader had gone is not kept; a second reader may want it.
             if task.template.options.kind == TASK and status == OK and (keeps or maker) and task.error is None:
                 self.ended[task_id] = (task, parent, maker)
             self.over.add(task.no)
@@ -926,6 +1038,10 @@ class Machine:
         elif type(event) is TasksSubmitted:
             for spec in event.specs:
                 held.update(ids.return_id(spec.task_id, n) for n in range(TEMPLATES[spec.template_no].num_returns))
+        elif type(event) is ItemsRequested:
+            task = self.node.lineage.tasks.get(event.task_id)
+            if task is not None:
+                held.update(ids.item_id(event.task_id, n) for n in range(event.position, task.stream.num_taken))
         else:
             return
         self.driver.held = +held
@@ -1105,6 +1221,8 @@ class Machine:
             assert forgotten, f"{options.name} [{ids.short(task_id)}] is run again, and its result was known"
 
     def was_lost(self, task: Any) -> bool:
+        if task.template.options.streaming:
+            return any(ids.task_of(object_id) == task.spec.task_id for object_id in self.losses)
         return any(ids.return_id(task.spec.task_id, n) in self.losses for n in range(task.template.options.num_returns))
 
     def call_runs(self, process: Worker, task_id: bytes, is_retried: bool) -> None:
@@ -1182,6 +1300,7 @@ class Simulation(Machine):
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._ties = itertools.count()
         self.depth, self.secluded, self.actor_ids, self.contents, self.calls, self.states = {}, [], {}, {}, {}, {}
+        self.exact, self.task_kinds = {}, KINDS + GENERATORS
         self.stamps = itertools.count(1)
         super().__init__()
         exact = (EXACT, OWN_WAY, OWN_WAY)

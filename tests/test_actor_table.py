@@ -17,8 +17,8 @@ from minray.messages import (
 )  # fmt: skip
 from minray.node import Node
 from minray.task_spec import (
-    ACTOR_CREATION, ACTOR_EXITED, ACTOR_METHOD, ALIVE, DEAD, ERROR, FAILED, OK, PENDING_CREATION, RESTARTING, TASK,
-    UNIT, ActorOptions, TaskOptions, TaskSpec,
+    ACTOR_CREATION, ACTOR_EXITED, ACTOR_METHOD, ALIVE, DEAD, ERROR, FAILED, FINISHED, OK, PENDING_CREATION, RESTARTING,
+    SUBMITTED_TO_WORKER, TASK, UNIT, ActorOptions, TaskOptions, TaskSpec,
 )  # fmt: skip
 
 NOTHING = pickle.dumps(None)
@@ -429,3 +429,29 @@ def test_actors_are_numbered_once(world: World) -> None:
         numbers.append(world.of(actor_id).no)
         world.drop(actor_id)
     assert numbers == [1, 2, 3]
+
+
+def test_of_an_actor_with_groups_all_calls_are_handed_out_and_of_one_with_threads_so_many_more() -> None:
+    world = World()
+    actor_id, worker = world.alive(threads=5)
+    for _ in range(MAX_IN_FLIGHT + 10):
+        world.call(actor_id)
+    assert len(world.ran(worker)) == 1 + MAX_IN_FLIGHT + 4
+    options = TaskOptions(
+        ACTOR_CREATION, CLASS, "B.__init__", max_retries=0, concurrency_groups=(("io", 1),), is_async=True
+    )
+    grouped = world.submit(options, actor=ActorOptions("B"))
+    world.finish(grouped)
+    last = [world.call(grouped) for _ in range(MAX_IN_FLIGHT + 10)][-1]
+    assert world.node.lineage.tasks[last].state == SUBMITTED_TO_WORKER
+
+
+def test_calls_that_run_at_the_same_time_are_answered_in_any_order_and_all_may_have_run_when_the_worker_dies() -> None:
+    world = World()
+    actor_id, worker = world.alive(threads=3)
+    calls = [world.call(actor_id) for _ in range(4)]
+    world.finish(calls[2])
+    world.handle(WorkerDied(worker, "was killed by SIGKILL", calls[0]))
+    assert world.node.lineage.tasks[calls[2]].state == FINISHED
+    for call in (calls[0], calls[1], calls[3]):
+        assert "may have run partway" in str(world.error(call))

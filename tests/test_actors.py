@@ -12,7 +12,6 @@ import select
 import signal
 import sys
 import threading
-import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -147,7 +146,8 @@ def test_a_class_with_options_in_the_decorator_is_an_actor_class() -> None:
         ({"max_pending_calls": 0}, "-1 for no limit"),
         ({"name": ""}, "not empty"),
         ({"num_returns": 2}, "num_returns"),
-        ({"concurrency_groups": {"io": 2}}, "not supported yet"),
+        ({"concurrency_groups": {"io": 0}}, "1 or more"),
+        ({"concurrency_groups": ["io"]}, "a dict"),
     ],
 )
 def test_an_option_that_cannot_be_is_refused_with_its_name(given: dict[str, Any], error: str) -> None:
@@ -185,14 +185,6 @@ def test_an_unknown_method_is_an_attribute_error_with_the_nearest_name() -> None
     with pytest.raises(AttributeError, match=r"has no method 'ad'\. Did you mean add\.remote\(\)\?"):
         _ = Counter.remote().ad
     assert "add" in dir(Counter.remote())
-
-
-def test_a_coroutine_method_is_refused_with_the_way_out() -> None:
-    class Async:
-        async def fetch(self) -> None: ...
-
-    with pytest.raises(NotImplementedError, match=r"Async\.fetch is a coroutine method.*max_concurrency"):
-        minray.remote(Async)
 
 
 def test_every_kind_of_method_can_be_called() -> None:
@@ -486,7 +478,7 @@ def test_kill_ends_the_process_and_fails_every_call_at_once(gate: Gate) -> None:
     minray.kill(counter)
     for ref in (running, queued, counter.add.remote()):
         with pytest.raises(ActorDiedError, match=r"PlainCounter.*is dead: minray\.kill\(\) was called on it") as caught:
-            minray.get(ref, timeout=5)
+            minray.get(ref, timeout=60)
         assert caught.value.actor_id == counter._actor_id.hex()
     assert "was not run" in str(caught.value)
     assert has_ended(pid)
@@ -524,7 +516,7 @@ def test_kill_reaches_an_actor_in_its_constructor(gate: Gate) -> None:
         minray.wait([call], timeout=0.01)
     minray.kill(slow)
     with pytest.raises(ActorDiedError, match="kill"):
-        minray.get(call, timeout=5)
+        minray.get(call, timeout=60)
     assert has_ended(int(Path(path).read_text()))
 
 
@@ -534,7 +526,7 @@ def test_kill_reaches_an_actor_that_waits_for_its_arguments(gate: Gate) -> None:
     call = counter.add.remote()
     minray.kill(counter)
     with pytest.raises(ActorDiedError, match="was not run"):
-        minray.get(call, timeout=5)
+        minray.get(call, timeout=60)
     gate.open()
     assert minray.get(argument) == 3  # Its waiters are told; a dead actor is not one of them.
     with pytest.raises(ValueError):
@@ -563,7 +555,7 @@ def test_exit_actor_in_the_constructor_ends_it_too() -> None:
         def hello(self) -> None: ...
 
     with pytest.raises(ActorDiedError, match=r"exit_actor\(\)"):
-        minray.get(Shy.remote().hello.remote(), timeout=5)
+        minray.get(Shy.remote().hello.remote(), timeout=60)
 
 
 # ---------------------------------------------------------------- errors
@@ -595,7 +587,7 @@ def test_a_constructor_that_raises_fails_every_call_with_its_traceback() -> None
     broken = Broken.remote(0)
     for _ in range(2):
         with pytest.raises(ActorDiedError) as caught:
-            minray.get(broken.hello.remote(), timeout=5)
+            minray.get(broken.hello.remote(), timeout=60)
         text = str(caught.value)
         assert "actor Broken" in text and "its constructor failed" in text and "No call was run" in text
         assert "self.y = 1 / x" in text and "ZeroDivisionError: division by zero" in text
@@ -608,7 +600,7 @@ def test_a_constructor_whose_argument_failed_says_so() -> None:
         raise KeyError("lost")
 
     with pytest.raises(ActorDiedError, match="one of its arguments could not be computed"):
-        minray.get(Counter.remote(fail.remote()).add.remote(), timeout=5)
+        minray.get(Counter.remote(fail.remote()).add.remote(), timeout=60)
 
 
 def test_a_call_whose_argument_failed_does_not_run_and_the_next_does() -> None:
@@ -638,7 +630,7 @@ def test_constructor_arguments_may_be_refs_and_large() -> None:
 
 def test_what_can_never_run_is_said_at_once() -> None:
     with pytest.raises(ActorUnschedulableError, match="needs 99 CPU"):
-        minray.get(Counter.options(num_cpus=99, name="too big").remote().add.remote(), timeout=5)
+        minray.get(Counter.options(num_cpus=99, name="too big").remote().add.remote(), timeout=60)
     with pytest.raises(ValueError):
         minray.get_actor("too big")
 
@@ -679,7 +671,7 @@ def test_a_call_with_retries_is_repeated_by_the_restarted_actor(tmp_path: Path) 
     before, crashing, behind = (
         counter.add.remote(), counter.crash_once.remote(str(tmp_path / "crashed")), counter.add.remote(),
     )  # fmt: skip
-    assert minray.get([before, crashing, behind], timeout=10)[1:] == ["done", 1]
+    assert minray.get([before, crashing, behind], timeout=60)[1:] == ["done", 1]
 
 
 def test_a_method_that_raises_is_repeated_if_that_was_asked_for() -> None:
@@ -721,9 +713,9 @@ def test_a_constructor_that_crashes_is_tried_as_often_as_restarts_allow(tmp_path
         def hello(self) -> str:
             return "hello"
 
-    assert minray.get(Crashing.remote(str(tmp_path / "once")).hello.remote(), timeout=10) == "hello"
+    assert minray.get(Crashing.remote(str(tmp_path / "once")).hello.remote(), timeout=60) == "hello"
     with pytest.raises(ActorDiedError, match=r"SIGKILL while running Crashing\.__init__"):
-        minray.get(Crashing.remote(str(tmp_path / "always")).hello.remote(), timeout=10)
+        minray.get(Crashing.remote(str(tmp_path / "always")).hello.remote(), timeout=60)
     assert (tmp_path / "always").read_text() == "xx"
 
 
@@ -832,7 +824,7 @@ class Threads:
         self.barrier = threading.Barrier(3)
 
     def meet(self) -> int:
-        self.barrier.wait(timeout=10)
+        self.barrier.wait(timeout=60)
         return threading.get_ident()
 
     def nested(self, x: int) -> int:
@@ -840,6 +832,11 @@ class Threads:
 
     def wait_at(self, gate: Gate) -> None:
         gate.wait()
+
+    def pass_both(self, begun: Gate, gate: Gate) -> str:
+        begun.wait()
+        gate.wait()
+        return "passed"
 
     def leave(self) -> None:
         minray.exit_actor()
@@ -859,12 +856,29 @@ def test_methods_of_an_actor_with_threads_run_at_the_same_time_and_may_wait() ->
     assert minray.get([threads.nested.remote(x) for x in range(20)]) == [2 * x for x in range(20)]
 
 
-def test_an_actor_with_threads_ends_though_one_of_them_stands_still(gate: Gate) -> None:
+@pytest.mark.parametrize("how", ["leave", "__ray_terminate__"])
+def test_an_actor_with_threads_that_leaves_lets_those_finish_that_have_begun(gate: Gate, tmp_path: Path, how: str) -> None:
+    threads, begun = Threads.options(max_concurrency=2).remote(), Gate(tmp_path / "begun")
+    pid = minray.get(threads.pid.remote())
+    waiting = threads.pass_both.remote(begun, gate)
+    begun.open()
+    leaving = getattr(threads, how).remote()
+    later = threads.pid.remote()
+    assert minray.wait([leaving], timeout=0.1) == ([], [leaving])
+    gate.open()
+    assert minray.get(waiting) == "passed"
+    with pytest.raises(ActorDiedError):
+        minray.get(leaving)
+    with pytest.raises(ActorDiedError, match="was not run"):
+        minray.get(later)
+    assert has_ended(pid)
+
+
+def test_an_actor_with_threads_is_killed_though_one_of_them_stands_still(gate: Gate) -> None:
     threads = Threads.remote()
     pid = minray.get(threads.pid.remote())
     waiting = threads.wait_at.remote(gate)
-    with pytest.raises(ActorDiedError):
-        minray.get(threads.leave.remote())
+    minray.kill(threads)
     with pytest.raises(ActorDiedError, match="may have run partway"):
         minray.get(waiting)
     assert has_ended(pid)
@@ -884,7 +898,7 @@ def test_a_queued_call_can_be_cancelled_and_a_running_one_goes_on(gate: Gate, tm
     minray.cancel(queued)
     minray.cancel(running)
     with pytest.raises(TaskCancelledError):
-        minray.get(queued, timeout=5)
+        minray.get(queued, timeout=60)
     gate.open()
     assert minray.get([running, later]) == [0, 1]
 
@@ -928,7 +942,7 @@ def test_an_actor_takes_no_more_pending_calls_than_it_allows(gate: Gate) -> None
             return f"refused after {minray.get(waiting)}"
         return "accepted"
 
-    assert minray.get(overdo.remote(counter, gate), timeout=10) == "refused after [4, 5]"
+    assert minray.get(overdo.remote(counter, gate), timeout=60) == "refused after [4, 5]"
 
 
 # ---------------------------------------------------------------- among themselves
@@ -981,7 +995,7 @@ def test_an_actor_holds_its_resources_while_it_lives() -> None:
     with pytest.raises(GetTimeoutError):
         minray.get(call, timeout=0.05)
     minray.kill(counter)
-    assert minray.get(call, timeout=5) == 1
+    assert minray.get(call, timeout=60) == 1
     assert free_cpus() == 1
     minray.kill(second)
     assert free_cpus() == 2
@@ -994,14 +1008,12 @@ def test_an_actor_that_waits_lends_its_cpus() -> None:
             return int(minray.get(double.options(num_cpus=2).remote(21)))
 
     boss = Boss.remote()
-    assert minray.get(boss.work.remote(), timeout=10) == 42
+    assert minray.get(boss.work.remote(), timeout=60) == 42
 
 
 def test_a_hundred_actors_live_in_one_session() -> None:
-    begun = time.monotonic()
     counters = [Counter.remote(n) for n in range(100)]
     assert minray.get([counter.add.remote() for counter in counters]) == list(range(1, 101))
-    assert time.monotonic() - begun < 30  # 0.3 s on an idle machine; this is for a busy one.
     pids = minray.get([counter.pid.remote() for counter in counters])
     assert len(set(pids)) == 100
     del counters

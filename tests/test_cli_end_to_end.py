@@ -33,7 +33,7 @@ print(json.dumps(answers))
 def ask(*lines):
     """Answers of the command, as (exit code, text) by its words, from a process that is no part of the session."""
     words = json.dumps([shlex.split(line) for line in lines])
-    ended = subprocess.run([sys.executable, "-c", ASK], input=words, capture_output=True, text=True, timeout=30)
+    ended = subprocess.run([sys.executable, "-c", ASK], input=words, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
     return dict(zip(lines, json.loads(ended.stdout)))
 
@@ -189,7 +189,7 @@ def test_a_story_says_what_waits_while_actors_hold_every_cpu(module_session):
         assert story.story(id)[-1].text == why
     for holder in holders:
         minray.kill(holder)
-    assert minray.get([call, task], timeout=20) == [1, 2]
+    assert minray.get([call, task], timeout=60) == [1, 2]
 
 
 def test_an_object_is_listed_where_it_lies_and_then_as_freed(module_session):
@@ -258,13 +258,13 @@ def test_an_ended_session_still_answers_and_its_totals_are_exact(
 def test_the_command_starts_quickly_and_runs_as_a_module(tmp_path):
     heavy = "{'numpy', 'sqlite_utils', 'paramiko', 'tqdm'} & set(sys.modules)"
     code = f"import sys; from minray import command; sys.exit(repr({heavy}) if {heavy} else 0)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     ended = subprocess.run(
         [sys.executable, "-m", "minray.command", "status"],
         env={**os.environ, "MINRAY_HOME": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
     )
     assert ended.returncode == 1
     assert "A session begins with minray.init()" in ended.stderr

@@ -32,7 +32,7 @@ def echo(value):
     return value
 
 
-def outcome(ref, timeout=20):
+def outcome(ref, timeout=60):
     """The exception that get() raises."""
     with pytest.raises(Exception) as caught:
         minray.get(ref, timeout=timeout)
@@ -303,7 +303,7 @@ def test_one_of_several_results_that_cannot_be_pickled_is_named(module_session):
 
 
 def test_a_generator_as_the_one_result_is_refused_with_words(module_session):
-    @minray.remote
+    @minray.remote(num_returns=1)
     def generate():
         yield 1
 
@@ -383,7 +383,7 @@ def test_exceptions_are_not_retried_unless_asked(module_session, counter):
 @pytest.mark.parametrize("which", [True, [ValueError], (KeyError, ValueError), [Exception]])
 def test_exceptions_that_are_named_are_retried(module_session, counter, which):
     ref = fail_until.options(retry_exceptions=which).remote(str(counter), 3)
-    assert minray.get(ref, timeout=20) == 3
+    assert minray.get(ref, timeout=60) == 3
 
 
 def test_other_exceptions_than_those_named_are_not_retried(module_session, counter):
@@ -400,7 +400,7 @@ def test_retries_end_with_the_last_error(module_session, counter):
 
 def test_retries_without_limit_go_on_beyond_the_default(module_session, counter):
     ref = fail_until.options(retry_exceptions=True, max_retries=-1).remote(str(counter), 8)
-    assert minray.get(ref, timeout=20) == 8
+    assert minray.get(ref, timeout=60) == 8
 
 
 def test_a_class_of_the_drivers_own_can_be_retried(module_session, counter):
@@ -408,7 +408,7 @@ def test_a_class_of_the_drivers_own_can_be_retried(module_session, counter):
         pass
 
     ref = fail_until.options(retry_exceptions=[Flaky]).remote(str(counter), 3, Flaky)
-    assert minray.get(ref, timeout=20) == 3
+    assert minray.get(ref, timeout=60) == 3
 
 
 # ---------------------------------------------------------------- crashes
@@ -428,7 +428,7 @@ def die_until(path, attempts, how="exit"):
 
 
 def test_a_task_that_kills_its_worker_runs_again(module_session, counter):
-    assert minray.get(die_until.remote(str(counter), 3), timeout=20) == 3
+    assert minray.get(die_until.remote(str(counter), 3), timeout=60) == 3
 
 
 @pytest.mark.parametrize("how, words", [("exit", "exited with status 7"), (signal.SIGKILL, "killed by SIGKILL")])
@@ -474,7 +474,7 @@ def test_a_poison_task_among_good_neighbours_harms_only_itself(module_session, t
         if number == 50:
             assert isinstance(outcome(ref), exceptions.WorkerCrashedError)
         else:
-            assert minray.get(ref, timeout=20) == number
+            assert minray.get(ref, timeout=60) == number
     runs = [(ran / str(number)).stat().st_size for number in range(101)]
     assert runs[50] == retries + 1
     again = [number for number, count in enumerate(runs) if count > 1 and number != 50]
@@ -490,5 +490,5 @@ def test_a_worker_killed_from_outside_while_idle_is_replaced(module_session):
         return os.getpid()
 
     for _ in range(2):
-        os.kill(minray.get(pid.remote(), timeout=10), signal.SIGKILL)
-    assert minray.get([echo.remote(i) for i in range(20)], timeout=20) == list(range(20))
+        os.kill(minray.get(pid.remote(), timeout=60), signal.SIGKILL)
+    assert minray.get([echo.remote(i) for i in range(20)], timeout=60) == list(range(20))

@@ -334,11 +334,12 @@ def test_a_full_disk_is_told_and_nothing_is_lost_when_space_returns(start, small
     assert ask(path, "SELECT count(*) FROM tasks") == [(1 + sent * 100,)]
 
 
-def test_a_driver_that_goes_away_while_the_disk_is_full_ends_the_gcs(start, small_disk):
+def test_a_driver_that_goes_away_while_the_disk_is_full_ends_the_gcs(start, small_disk, capfd):
     process = start(small_disk / "gcs.sqlite")
     process.write(tasks=[task(0)])
     blob = bytes(4_000_000)
     gcs.send(process.sock, (2, [("functions", [(1, b"f" * 16, "f", "m", blob, None)])]))
     assert gcs.receive(process.sock)[:3] == ("error", 2, "disk_full")
     assert process.end() == 1
+    assert "ends without having written everything: database or disk is full" in capfd.readouterr().err
     assert ask(small_disk / "gcs.sqlite", "SELECT count(*) FROM tasks") == [(1,)]

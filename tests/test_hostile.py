@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 
+import conftest
 import pytest
 
 import minray
@@ -39,16 +40,16 @@ def do(function):
 
 def test_os_exit_0_is_a_crash_like_any_other(one_worker):
     with pytest.raises(exceptions.WorkerCrashedError, match="exited with status 0"):
-        minray.get(do.options(max_retries=0).remote(lambda: os._exit(0)), timeout=10)
-    assert minray.get(healthy.remote(), timeout=10)
+        minray.get(do.options(max_retries=0).remote(lambda: os._exit(0)), timeout=60)
+    assert minray.get(healthy.remote(), timeout=60)
 
 
 @pytest.mark.parametrize("leave", [lambda: sys.exit(0), lambda: exec("raise KeyboardInterrupt")])
 def test_sys_exit_and_keyboard_interrupt_are_the_tasks_own_errors(one_worker, leave):
     before = minray.get(healthy.remote())
     with pytest.raises(exceptions.RayTaskError):
-        minray.get(do.remote(leave), timeout=10)
-    assert minray.get(healthy.remote(), timeout=10) == before
+        minray.get(do.remote(leave), timeout=60)
+    assert minray.get(healthy.remote(), timeout=60) == before
 
 
 def test_closing_every_descriptor_from_0_to_20_harms_nobody_else(one_worker):
@@ -58,10 +59,10 @@ def test_closing_every_descriptor_from_0_to_20_harms_nobody_else(one_worker):
                 os.close(fd)
         return "closed"
 
-    assert minray.get(do.remote(close), timeout=10) == "closed"
-    assert minray.get([healthy.remote() for _ in range(3)], timeout=10)
-    assert minray.get(do.remote(lambda: os.closerange(0, 21)), timeout=10) is None
-    assert minray.get(healthy.remote(), timeout=10)
+    assert minray.get(do.remote(close), timeout=60) == "closed"
+    assert minray.get([healthy.remote() for _ in range(3)], timeout=60)
+    assert minray.get(do.remote(lambda: os.closerange(0, 21)), timeout=60) is None
+    assert minray.get(healthy.remote(), timeout=60)
 
 
 def test_a_task_may_redirect_or_close_its_standard_output(one_worker, capfd):
@@ -69,9 +70,9 @@ def test_a_task_may_redirect_or_close_its_standard_output(one_worker, capfd):
         sys.stdout = open(os.devnull, "w")
         os.dup2(sys.stdout.fileno(), 1)
 
-    minray.get(do.remote(redirect), timeout=10)
-    minray.get(do.remote(lambda: sys.stdout.close()), timeout=10)
-    minray.get(do.remote(lambda: print("heard again")), timeout=10)
+    minray.get(do.remote(redirect), timeout=60)
+    minray.get(do.remote(lambda: sys.stdout.close()), timeout=60)
+    minray.get(do.remote(lambda: print("heard again")), timeout=60)
     minray.shutdown()
     assert "heard again" in capfd.readouterr().out
 
@@ -93,8 +94,8 @@ def test_a_child_that_a_task_forks_ends_where_the_task_ends(one_worker):
         os.wait()
         return "from the parent"
 
-    assert minray.get(do.remote(fork), timeout=10) == "from the parent"
-    assert minray.get([do.remote(fork) for _ in range(3)], timeout=10) == ["from the parent"] * 3
+    assert minray.get(do.remote(fork), timeout=60) == "from the parent"
+    assert minray.get([do.remote(fork) for _ in range(3)], timeout=60) == ["from the parent"] * 3
 
 
 def test_a_forked_child_that_raises_or_exits_does_not_speak_for_its_parent(one_worker):
@@ -106,8 +107,8 @@ def test_a_forked_child_that_raises_or_exits_does_not_speak_for_its_parent(one_w
         os.wait()
         return how
 
-    assert minray.get(do.remote(lambda: fork("raise")), timeout=10) == "raise"
-    assert minray.get(do.remote(lambda: fork("exit")), timeout=10) == "exit"
+    assert minray.get(do.remote(lambda: fork("raise")), timeout=60) == "raise"
+    assert minray.get(do.remote(lambda: fork("exit")), timeout=60) == "exit"
 
 
 def test_tasks_may_use_multiprocessing_and_subprocesses(one_worker):
@@ -118,8 +119,8 @@ def test_tasks_may_use_multiprocessing_and_subprocesses(one_worker):
     def command():
         return subprocess.run([sys.executable, "-c", "print(6 * 7)"], capture_output=True, text=True).stdout
 
-    assert minray.get(do.remote(pool), timeout=20) == [1, 2]
-    assert minray.get(do.remote(command), timeout=20) == "42\n"
+    assert minray.get(do.remote(pool), timeout=60) == [1, 2]
+    assert minray.get(do.remote(command), timeout=60) == "42\n"
 
 
 def test_threads_that_a_task_leaves_behind_may_use_minray(one_worker):
@@ -133,7 +134,7 @@ def test_threads_that_a_task_leaves_behind_may_use_minray(one_worker):
         thread.join()
         return found
 
-    assert minray.get(do.remote(leave), timeout=10) == [5]
+    assert minray.get(do.remote(leave), timeout=60) == [5]
 
 
 def test_a_task_that_prints_100_mb_is_done_soon_and_the_driver_stays_small(run_driver):
@@ -150,7 +151,7 @@ def shout():
 
 minray.init(num_cpus=1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(minray.get(shout.remote(), timeout=25), file=sys.stderr)
+print(minray.get(shout.remote(), timeout=60), file=sys.stderr)
 minray.shutdown()
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 print("grown", grown // 1024, file=sys.stderr)
@@ -166,14 +167,14 @@ def test_signals_that_a_task_ignores_do_not_stop_the_session_from_ending(one_wor
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    minray.get(do.remote(ignore), timeout=10)
+    minray.get(do.remote(ignore), timeout=60)
     begun = time.monotonic()
     minray.shutdown()
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < conftest.within(3)
 
 
 def test_a_handler_of_sigint_that_a_task_sets_does_not_break_cancelling_the_next(one_worker, tmp_path):
-    minray.get(do.remote(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN) and None), timeout=10)
+    minray.get(do.remote(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN) and None), timeout=60)
     path = str(tmp_path / "begun")
 
     def sleep():
@@ -186,7 +187,7 @@ def test_a_handler_of_sigint_that_a_task_sets_does_not_break_cancelling_the_next
         time.sleep(0.001)
     minray.cancel(ref)
     with pytest.raises(exceptions.TaskCancelledError):
-        minray.get(ref, timeout=5)
+        minray.get(ref, timeout=60)
 
 
 def test_a_task_may_recurse_too_deeply(one_worker):
@@ -194,8 +195,8 @@ def test_a_task_may_recurse_too_deeply(one_worker):
         return recurse()
 
     with pytest.raises(RecursionError):
-        minray.get(do.remote(recurse), timeout=10)
-    assert minray.get(healthy.remote(), timeout=10)
+        minray.get(do.remote(recurse), timeout=60)
+    assert minray.get(healthy.remote(), timeout=60)
 
 
 def test_a_result_of_many_megabytes_of_error_text_is_cut(one_worker):
@@ -203,17 +204,17 @@ def test_a_result_of_many_megabytes_of_error_text_is_cut(one_worker):
         raise ValueError("x" * 20_000_000)
 
     with pytest.raises(ValueError) as caught:
-        minray.get(do.remote(shout), timeout=20)
+        minray.get(do.remote(shout), timeout=60)
     assert len(str(caught.value)) < 200_000
 
 
 def test_init_and_shutdown_inside_a_task_say_what_is_the_matter(one_worker):
     with pytest.raises(RuntimeError, match="this is a worker of a session already"):
-        minray.get(do.remote(lambda: minray.init()), timeout=10)
-    assert minray.get(do.remote(lambda: minray.shutdown()), timeout=10) is None
-    assert minray.get(healthy.remote(), timeout=10)
+        minray.get(do.remote(lambda: minray.init()), timeout=60)
+    assert minray.get(do.remote(lambda: minray.shutdown()), timeout=60) is None
+    assert minray.get(healthy.remote(), timeout=60)
 
 
 def test_changing_what_the_standard_library_is_made_of_stays_in_that_worker(one_worker):
-    assert minray.get(do.remote(lambda: setattr(time, "time", lambda: "noon")), timeout=10) is None
+    assert minray.get(do.remote(lambda: setattr(time, "time", lambda: "noon")), timeout=60) is None
     assert isinstance(time.time(), float)

@@ -5,6 +5,7 @@ that are killed or interrupted run in processes of their own.
 """
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -45,11 +46,11 @@ def is_alive(pid):
         return False
 
 
-def wait_until(condition, timeout_s=10.0):
+def wait_until(condition, timeout_s=60):
     """Of other processes' doings there is no event to await."""
-    deadline = time.monotonic() + timeout_s
+    started = time.monotonic()
     while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not come true in time"
+        assert time.monotonic() < started + conftest.within(timeout_s), "it did not come true in time"
         time.sleep(0.005)
     return value
 
@@ -90,16 +91,15 @@ def test_a_session_is_a_context_manager_and_a_mapping():
 
 
 def test_fifty_sessions_in_one_process_leave_nothing():
-    started = time.monotonic()
+    started = sum(os.times()[:4])  # CPU time of this process and its children: other load on the machine is none.
     for number in range(50):
         minray.init(num_cpus=1)
         if number % 5 == 0:
             assert minray.get(square.remote(number)) == number**2
         minray.shutdown()
         minray.shutdown()  # A second one does nothing.
-    seconds = time.monotonic() - started
-    # 0.15 s each on two slow cores (measured); the bound is for a machine that has more to do.
-    assert seconds < 50, f"50 sessions took {seconds:.1f} s"
+    seconds = sum(os.times()[:4]) - started
+    assert seconds < 50, f"50 sessions took {seconds:.1f} s of CPU time; 10 to 20 are usual"
 
 
 def test_init_twice_says_what_to_do_and_changes_nothing(session):
@@ -181,7 +181,7 @@ def test_a_thread_that_waits_during_shutdown_is_told():
         minray.shutdown()
         for one in waiting:
             with pytest.raises(RuntimeError, match="shut down while this thread waited"):
-                one.result(timeout=3)
+                one.result(timeout=60)
 
 
 # ---------------------------------------------------------------- where drivers come from
@@ -208,7 +208,7 @@ def test_a_script_needs_no_main_guard(run_driver):
 @pytest.mark.parametrize("how", ["-c", "stdin"])
 def test_a_program_may_come_from_the_command_line_or_stdin(how):
     command = [sys.executable, "-c", TWO_TASKS] if how == "-c" else [sys.executable]
-    ended = subprocess.run(command, input=TWO_TASKS, capture_output=True, text=True, timeout=30)
+    ended = subprocess.run(command, input=TWO_TASKS, capture_output=True, text=True, timeout=60)
     assert (ended.stdout, ended.stderr, ended.returncode) == (PRINTED, "", 0)
 
 
@@ -230,7 +230,7 @@ def test_the_repl_on_a_terminal_works_and_greets_with_one_line():
         while select.select([master], [], [], 20)[0] and (data := os.read(master, 4096)):
             shown += data
     os.close(master)
-    assert repl.wait(timeout=10) == 0, shown
+    assert repl.wait(timeout=60) == 0, shown
     assert b"result 2.5" in shown
     greetings = [line for line in shown.splitlines() if line.lstrip(b"> ").startswith(b"minray ")]
     assert len(greetings) == 1 and b"1 CPUs" in greetings[0], shown
@@ -303,7 +303,43 @@ def test_a_thread_can_start_use_and_end_a_session():
             return minray.get(square.remote(5))
 
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(life).result(timeout=30) == 25
+        assert pool.submit(life).result(timeout=60) == 25
+
+
+def test_a_thread_that_outlives_the_main_thread_can_start_a_session(run_driver):
+    program = """if True:
+        import threading
+        import minray
+
+        def work(main=threading.current_thread()):
+            main.join()
+            print(minray.get(minray.remote(lambda: 6).remote()))
+
+        threading.Thread(target=work).start()
+    """
+    assert run_driver(program).stdout == "6\n"
+
+
+WITHOUT = """\
+import os, subprocess, sys
+import minray
+for fd in sys.argv[1]:
+    os.close(int(fd))
+double = minray.remote(lambda x: print("said") or 2 * x)
+assert minray.get([double.remote(i) for i in range(20)])[-1] == 38
+subprocess.run(["echo", "of no interest to anybody"])
+assert minray.get(double.remote(4)) == 8
+minray.shutdown()
+open("well", "w").close()
+"""
+
+
+@pytest.mark.parametrize("closed", ["012", "0", "1", "2"])
+def test_a_driver_without_standard_descriptors_works(run_driver, tmp_path, monkeypatch, closed):
+    monkeypatch.chdir(tmp_path)
+    with contextlib.suppress(AssertionError):  # The interpreter itself may complain at its end.
+        run_driver(WITHOUT, closed)
+    assert Path("well").exists()
 
 
 def test_threads_that_start_at_once_share_one_session():
@@ -378,9 +414,9 @@ def test_a_forked_child_that_lives_on_does_not_hold_the_session_up():
     child.start()
     started = time.monotonic()
     minray.shutdown()
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < conftest.within(1.5)
     done.set()
-    child.join(timeout=10)
+    child.join(timeout=60)
     assert child.exitcode == 0
 
 
@@ -434,41 +470,45 @@ def test_ctrl_c_interrupts_get_and_neither_the_workers_nor_the_session(tmp_path)
         assert process.stderr is not None
         time.sleep(0.1)  # Until it blocks: earlier is right too, but it is the wait that is to be interrupted.
         os.killpg(process.pid, signal.SIGINT)  # As a terminal does: to everybody in the foreground.
-        output, errors = process.communicate(timeout=20)
+        output, errors = process.communicate(timeout=60)
     assert (output, errors, process.returncode) == ("interrupted\ndone True\n", "", 0)
 
 
 def test_ctrl_c_at_any_moment_leaves_the_session_whole(session):
     """Signals from another thread, at moments that nobody has chosen; the tables must stay right."""
     main = threading.main_thread().ident
+    deadline = time.monotonic() + 60
     stop = threading.Event()
 
     def disturb():
-        while not stop.wait(0.003):
+        while not stop.wait(0.003) and time.monotonic() < deadline:
             signal.pthread_kill(main, signal.SIGINT)
 
-    interruptions = 0
+    def work():
+        while True:
+            minray.get([square.remote(x) for x in range(30)])
+            minray.get(minray.put(b"x" * 100_000))
+
+    def handler(number, frame):
+        """The test itself is not made to bear it: only what it tests is interrupted."""
+        here = sys._getframe()
+        while here is not None and here.f_code is not work.__code__:
+            here = here.f_back
+        if here is not None:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, handler)
     disturber = threading.Thread(target=disturb)
-    deadline = time.monotonic() + 3
     disturber.start()
     try:
-        while time.monotonic() < deadline:
-            try:
-                while time.monotonic() < deadline:
-                    minray.get([square.remote(x) for x in range(30)])
-                    minray.get(minray.put(b"x" * 100_000))
-            except KeyboardInterrupt:
-                interruptions += 1
+        for _ in range(200):
+            with pytest.raises(KeyboardInterrupt):
+                work()
     finally:
-        while True:
-            try:
-                stop.set()
-                disturber.join()
-                interrupts.raise_deferred()
-                break
-            except KeyboardInterrupt:
-                pass
-    assert interruptions > 100
+        stop.set()
+        disturber.join()
+        interrupts.raise_deferred()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     assert minray.get([square.remote(x) for x in range(50)]) == [x * x for x in range(50)]
     with ThreadPoolExecutor(2) as pool:  # And those who wait in other threads are served.
         assert list(pool.map(lambda x: minray.get(square.remote(x)), range(20))) == [x * x for x in range(20)]
@@ -496,6 +536,109 @@ def test_ctrl_c_is_guarded_too_where_a_handler_was_set_after_init(session):
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, old)
+
+
+def test_handlers_that_a_program_sets_and_puts_back_are_the_old_ones_after_shutdown():
+    def own(number, frame):
+        pass
+
+    before = signal.getsignal(signal.SIGINT)
+    with minray.init(num_cpus=1):
+        guarded = signal.signal(signal.SIGINT, own)
+        assert minray.get(square.remote(2)) == 4
+        signal.signal(signal.SIGINT, guarded)
+        assert minray.get(square.remote(3)) == 9
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_another_handler_raises_waits_for_the_tables_like_ctrl_c(session):
+    def give_up(number, frame):
+        raise TimeoutError("the alarm")
+
+    old = signal.signal(signal.SIGALRM, give_up)
+    try:
+        minray.get(square.remote(2))
+
+        @interrupts.uninterruptible
+        def change_tables():
+            signal.raise_signal(signal.SIGALRM)
+            return "whole"
+
+        assert change_tables() == "whole"
+        with pytest.raises(TimeoutError, match="the alarm"):
+            minray.get(square.remote(3))
+        assert minray.get(square.remote(4)) == 16
+    finally:
+        signal.signal(signal.SIGALRM, old)
+
+
+def test_a_signal_handler_may_end_the_session_in_the_middle_of_a_get(session, monkeypatch):
+    monkeypatch.setattr("minray.loop.CLOSE_S", 600.0)  # Nobody waits for the thread that the handler runs in.
+    old = signal.signal(signal.SIGTERM, lambda number, frame: minray.shutdown())
+    pid = os.getpid()
+
+    @minray.remote
+    def end_the_driver():
+        os.kill(pid, signal.SIGTERM)
+        time.sleep(600)
+
+    try:
+        with pytest.raises(RuntimeError, match="minray was shut down while this thread waited"):
+            minray.get(end_the_driver.remote())
+        assert not minray.is_initialized()
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def speak_in_the_middle_of(a_change, record):
+    """What a finalizer may do that the garbage collector calls while a lock of minray's is held."""
+    with a_change:
+        ref, put = square.remote(3), minray.put(4)
+        refs = [ref, put, square.remote(put), record.remote("one"), record.remote("two")]
+        with pytest.raises(RuntimeError, match="in a finalizer"):
+            minray.get(ref)
+    return minray.get(refs)
+
+
+def test_what_a_finalizer_says_in_the_middle_of_a_change_follows_it_in_order(session):
+    @minray.remote
+    class Log:
+        def __init__(self):
+            self.said = []
+
+        def say(self, word):
+            self.said.append(word)
+            return list(self.said)
+
+    assert speak_in_the_middle_of(api.core().raylet.lock, Log.remote().say) == [9, 4, 16, ["one"], ["one", "two"]]
+
+    @minray.remote
+    def in_a_worker(log):
+        return speak_in_the_middle_of(api.core()._out_lock, log.say)
+
+    assert minray.get(in_a_worker.remote(Log.remote())) == [9, 4, 16, ["one"], ["one", "two"]]
+
+
+def test_finalizers_that_the_garbage_collector_calls_anywhere_may_submit(session):
+    class Closing:
+        def __init__(self):
+            self.me = self
+
+        def __del__(self):
+            done.append(square.remote(5))
+
+    done = []
+    threshold = gc.get_threshold()
+    gc.set_threshold(40)
+    try:
+        for number in range(50):
+            for _ in range(10):
+                Closing()
+            assert minray.get([square.remote(i) for i in range(number)]) == [i * i for i in range(number)]
+    finally:
+        gc.set_threshold(*threshold)
+    gc.collect()
+    assert minray.get(done) == [25] * 500
 
 
 def test_after_shutdown_the_handler_of_ctrl_c_is_the_old_one():
@@ -597,7 +740,7 @@ def test_however_a_driver_ends_nothing_is_left(tmp_path, end, status, job_state)
     with driver(code, str(path)) as process:
         session_dir = process.stdout.readline().strip()
         assert session_dir, process.stderr.read()
-        assert process.wait(timeout=20) == status
+        assert process.wait(timeout=60) == status
         wait_until(lambda: not os.path.exists(session_dir), timeout_s=3)
         pids = json.loads(path.read_text())
         wait_until(lambda: not any(map(is_alive, pids)), timeout_s=2)
@@ -645,7 +788,7 @@ def test_the_session_goes_on_when_the_zygote_is_killed(session, tmp_path):
     os.kill(zygote, signal.SIGKILL)
     wait_until(lambda: not any(map(is_alive, children)))
     (tmp_path / "go").touch()
-    assert minray.get(ref, timeout=20) != old
+    assert minray.get(ref, timeout=60) != old
     assert api._core.zygote.pid != zygote
     assert read_facts(session["session_dir"])["zygote"][0] == api._core.zygote.pid
     with contextlib.closing(sqlite3.connect(api.flush_records())) as database:
@@ -664,7 +807,7 @@ def test_the_session_goes_on_when_the_gcs_is_killed(session):
     assert minray.get(refs) == [x * x for x in range(100)]
     started = time.monotonic()
     path = api.flush_records()
-    assert time.monotonic() - started < 1.0  # P6
+    assert time.monotonic() - started < conftest.within(1.0)  # P6
     assert gcs_pid() not in (None, killed)
     with contextlib.closing(sqlite3.connect(path)) as database:
         assert database.execute("SELECT count(*) FROM tasks WHERE finished_us IS NOT NULL").fetchone() == (101,)
@@ -674,7 +817,7 @@ def test_the_session_goes_on_when_the_gcs_is_killed(session):
 def test_a_killed_idle_worker_is_replaced(session):
     pid = minray.get(worker_pid.remote())
     os.kill(pid, signal.SIGKILL)
-    assert minray.get(square.remote(3), timeout=20) == 9
+    assert minray.get(square.remote(3), timeout=60) == 9
 
 
 # ---------------------------------------------------------------- output

@@ -26,7 +26,7 @@ def memory():
     return api._query("memory")
 
 
-def until(condition, within_s=5.0):
+def until(condition, within_s=60.0):
     """Serve the loop until the condition holds: what workers have said has to arrive."""
     deadline = time.monotonic() + within_s
     while not condition():
@@ -681,9 +681,9 @@ def refused(action):
         print("taken")
 
 refused(lambda: minray.put(np.ones(20 << 20, np.uint8)))
-refused(lambda: minray.get(make.remote(), timeout=20))
-refused(lambda: minray.get(put.remote(), timeout=20))
-refused(lambda: minray.get(make.remote(np.ones(20 << 20, np.uint8)), timeout=20))
+refused(lambda: minray.get(make.remote(), timeout=60))
+refused(lambda: minray.get(put.remote(), timeout=60))
+refused(lambda: minray.get(make.remote(np.ones(20 << 20, np.uint8)), timeout=60))
 refs = []
 try:
     while True:

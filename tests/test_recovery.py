@@ -247,7 +247,9 @@ def test_news_of_a_loss_that_is_mended_already_changes_nothing(world: World) -> 
 # ---------------------------------------------------------------- replays that do something else
 
 
-def parent_runs_again(world: World, *, change: bytes, held: bool = True) -> list[Command]:
+def parent_runs_again(
+    world: World, *, change: bytes, first: bytes = b"arguments", held: bool = True
+) -> list[Command]:
     """A task submits a child and dies; the second attempt submits that child with other arguments."""
     parent = task_id(1)
     child = task_id(1, ids.children_prefix(parent))
@@ -255,7 +257,7 @@ def parent_runs_again(world: World, *, change: bytes, held: bool = True) -> list
     world.handle(TemplateDefined(1, 0, TaskOptions(TASK, b"", "child", resources=(("CPU", UNIT),))))
     deps = () if held else (task_id(2),)  # It waits for another one.
     world.handle(TasksSubmitted(DRIVER, ROOT, [TaskSpec(object_id, OFTEN) for object_id in deps]))
-    world.handle(TasksSubmitted(1, parent, [TaskSpec(child, 0, b"arguments", deps)]))
+    world.handle(TasksSubmitted(1, parent, [TaskSpec(child, 0, first, deps)]))
     world.handle(ObjectsAwaited(1, 1, [child], 1, True, True))  # It waits; a second worker starts.
     world.handle(TasksReturned(1, [child, task_id(2)]))
     world.handle(WorkerStarted(2, 1002))
@@ -269,6 +271,15 @@ def parent_runs_again(world: World, *, change: bytes, held: bool = True) -> list
 
 def test_children_of_a_second_attempt_that_have_finished_are_not_run_again(world: World) -> None:
     commands = parent_runs_again(world, change=b"arguments")
+    assert not [command for command in commands if isinstance(command, (RunTasks, Warn))]
+    world.handle(TasksFinished(2, [(task_id(1), OK, b"done", 99.0, 100.0)]))
+    assert world.node.objects[task_id(1)].data == b"done"
+
+
+def test_a_second_attempt_may_pickle_the_same_to_other_bytes(world: World) -> None:
+    once, twice = pickle.dumps(["abc", "".join("abc")], 5), pickle.dumps(["abc", "abc"], 5)
+    assert once != twice
+    commands = parent_runs_again(world, first=once, change=twice)
     assert not [command for command in commands if isinstance(command, (RunTasks, Warn))]
     world.handle(TasksFinished(2, [(task_id(1), OK, b"done", 99.0, 100.0)]))
     assert world.node.objects[task_id(1)].data == b"done"
@@ -379,7 +390,7 @@ def total(array: Any) -> int:
 def spill(refs: list[Any]) -> list[str]:
     """Fill the store until the objects lie on disk; their files."""
     directory = os.path.join(minray.api.core().session.path, "spill")  # type: ignore[attr-defined]
-    minray.wait(refs, num_returns=len(refs), timeout=30)
+    minray.wait(refs, num_returns=len(refs), timeout=60)
     held = []
     while True:
         names = {name.partition("-")[0]: name for name in os.listdir(directory)}
@@ -415,17 +426,17 @@ def test_a_spilled_object_whose_file_is_bad_is_made_again_for_every_reader(fault
         for path in spill([first, second]):
             fault(path)
         if reader == "driver":
-            assert int(minray.get(second, timeout=30).sum()) == 200_000
+            assert int(minray.get(second, timeout=60).sum()) == 200_000
         elif reader == "task":
-            assert minray.get(total.remote(second), timeout=30) == 200_000
+            assert minray.get(total.remote(second), timeout=60) == 200_000
         elif reader == "worker":
-            assert minray.get(get_inside.remote([second]), timeout=30) == 200_000
+            assert minray.get(get_inside.remote([second]), timeout=60) == 200_000
         elif reader == "actor":
             actor = Reader.remote()
-            assert minray.get(actor.total.remote(second), timeout=30) == 200_000
+            assert minray.get(actor.total.remote(second), timeout=60) == 200_000
             del actor
         else:
-            assert int(second.future().result(timeout=30).sum()) == 200_000
+            assert int(second.future().result(timeout=60).sum()) == 200_000
         assert Path(note).read_text().split("\n")[:-1] == ["array 1", "doubled", "array 1", "doubled"]
 
 
@@ -435,7 +446,7 @@ def test_a_put_object_whose_file_is_gone_is_an_error_that_says_so() -> None:
         (path,) = spill([ref])
         os.unlink(path)
         with pytest.raises(ObjectLostError, match=r"put\(\) leaves no task to replay") as error:
-            minray.get(ref, timeout=30)
+            minray.get(ref, timeout=60)
         history = story.tell(story.story(str(error.value).split()[-1]))
         assert "cannot be made again: put() leaves no task to replay" in "\n".join(history)
 
@@ -447,7 +458,7 @@ def test_a_task_that_must_not_run_twice_is_not_replayed(tmp_path: Path) -> None:
         (path,) = spill([ref])
         os.unlink(path)
         with pytest.raises(ObjectReconstructionFailedError, match="max_retries=0"):
-            minray.get(ref, timeout=30)
+            minray.get(ref, timeout=60)
     assert Path(note).read_text() == "array 1\n"
 
 
@@ -477,5 +488,5 @@ def test_a_parent_that_does_something_else_the_second_time_fails(tmp_path: Path)
     with minray.init(num_cpus=2):
         keeper = Keeper.remote()
         with pytest.raises(ReplayDivergedError, match="did something else when it was run again"):
-            minray.get(parent.remote(keeper), timeout=30)
+            minray.get(parent.remote(keeper), timeout=60)
         del keeper

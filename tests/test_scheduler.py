@@ -257,3 +257,19 @@ def test_cancelling_is_as_cheap_in_a_long_queue_as_in_a_short_one() -> None:
         task.state = FAILED
         rebuilt += length if len(queue) < length else 0
     assert rebuilt < 4 * len(tasks), "all the copying together is linear"
+
+
+def test_a_task_that_was_handed_to_a_busy_worker_gets_one_of_its_own_when_an_actor_took_the_one_it_counted_on() -> None:
+    bench = Bench(1, CPU=2)
+    busy, behind, actor = bench.task(), bench.task(), bench.task(exclusive=True, CPU=0)
+    bench.submit(busy)
+    assert bench.submit(actor) == []
+    assert [type(command) for command in bench.out[-1:]] == [StartWorker]
+    assert bench.submit(behind) == [(1, [2])]  # A worker is on its way, so none is started for this one.
+    started = bench.scheduler.workers[2]
+    bench.scheduler.worker_started(started, 1, 0.0)
+    assert bench.dispatch(0.0) == [(2, [3])]
+    assert bench.out[-1:] == [StartWorker(3)]
+    bench.scheduler.worker_started(bench.scheduler.workers[3], 1, TAKE_BACK_AFTER_S)
+    bench.dispatch(TAKE_BACK_AFTER_S)
+    assert bench.out[-1:] == [TakeBack(1, 1)]

@@ -95,6 +95,8 @@ def test_the_newest_live_session_is_found_else_the_newest_finished(root):
     assert find(third.name, root) == find(third.name[-9:], root) == finished
     assert find(first.path, root) == first.path
     assert find("no such session", root) is None
+    with open(os.path.join(first.path, "gcs.sqlite"), "w"):  # The second is just starting.
+        assert find(root=root, with_file="gcs.sqlite") == first.path
     first.finish()
     second.finish()
     assert find(root=root) == finished

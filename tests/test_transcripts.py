@@ -20,7 +20,8 @@ one.  ``"42"`` is a value that travels in messages, ``400KB@0`` one that lies at
 Of several nodes the first is `@ head`, the next `@ node-2`; n2/worker-1 is a worker of that one, and `> n2/worker-1 …` what it says.
 What a node tells another is delivered at once: what that does stands right behind.  `net` is the shell that copies values.
 
-``A.1`` is a second return, ``K.c1`` a checkpoint, ``#7`` a request.  What keeps an object is counted: refs to it, views
+``A.1`` is a second return, ``K.c1`` a checkpoint, ``#7`` a request.  Of a generator (``streaming=1``) ``A.1`` is
+its reader, ``A.2`` its item 0.  What keeps an object is counted: refs to it, views
 into its memory, and tasks whose replay would need it.
 
 Left out, for it follows from the rest, and is compared with that: what a function's pickle and its options are; pids
@@ -32,6 +33,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import pickle
 import re
 import sys
@@ -61,9 +63,14 @@ BETWEEN = "<!-- transcript:begin -->\n", "<!-- transcript:end -->\n"
 ROOT = ids.root_task_id(b"transcript")
 NONE = pickle.dumps(None, 5)
 SIZES = {"KB": 1 << 10, "MB": 1 << 20, "B": 1, "": 1}
-OF_TASKS = ("num_returns", "max_retries", "max_concurrency", "checkpoint_every", "checkpoint_interval_s")
+OF_TASKS = (
+    "num_returns", "max_retries", "max_concurrency", "max_calls", "checkpoint_every", "checkpoint_interval_s",
+    "streaming", "backpressure",
+)  # fmt: skip
 OF_ACTORS = ("name", "namespace", "max_restarts")
-INTRODUCTIONS = (messages.AssignResources, messages.DefineFunction, messages.DefineTemplate)
+INTRODUCTIONS = (
+    messages.AssignResources, messages.DefineFunction, messages.DefineTemplate, messages.SetUpEnvironment,
+)  # fmt: skip
 
 
 def split(text: str) -> list[str]:
@@ -172,8 +179,12 @@ class World:
         for key, value in given.items():
             if key in OF_TASKS:
                 options = options._replace(**{key: type(getattr(options, key))(float(value))})
+                if key == "streaming":
+                    options = options._replace(num_returns=2)
             elif key in OF_ACTORS:
                 actor[key] = int(value) if key == "max_restarts" else value
+            elif key == "runtime_env":
+                options = options._replace(runtime_env=json.dumps({"env_vars": {"NAME": value}}))
             elif key == "detached":
                 actor[key] = True
             else:
@@ -263,6 +274,16 @@ class World:
             return cls(client, by, [self.spec(client, by, one) for one in parts])
         if kind == "TasksFinished":
             return cls(client, [self.result(one) for one in parts])
+        if kind == "ItemsYielded":
+            name, _, items = text.partition(": ")
+            first, values = int(items.partition("=")[0]), [self.value(one.partition("=")[2]) for one in split(items)]
+            return cls(client, self.id(name), first, values)
+        if kind == "ItemsRequested":
+            found = re.fullmatch(r"(\w+) from (\d+), up to (\d+)", text)
+            assert found, f"{text!r} is not: #1 A from 0, up to 100"
+            return cls(client, asked, self.id(found[1]), int(found[2]), int(found[3]))
+        if kind == "RoomAwaited":
+            return cls(client, asked, self.id(text), True)
         if kind == "TasksReturned":
             forgets = re.search(r"; after (\d+) Forget", text)
             return cls(client, self.all_ids(text.partition(";")[0]), int(forgets[1]) if forgets else 0)
@@ -338,6 +359,9 @@ class World:
         self.seen.add(type(event))
         self.count_driver_refs(event)
         commands = self.node.handle(event, self.now)
+        if isinstance(event, messages.ItemsRequested) and event.client == DRIVER:
+            taken = self.node.lineage.tasks[event.task_id].stream.num_taken
+            self.driver_holds.update(ids.item_id(event.task_id, item) for item in range(event.position, taken))
         self.node.check(+self.driver_holds)
         self.seen.update(map(type, commands))
         self.started = max([self.started, *(c.client for c in commands if isinstance(c, messages.StartWorker))])
@@ -426,6 +450,8 @@ class World:
             what = self.told[command.client, command.template_no] = command.options.name
             assert command.options == self.options[what]
             return what
+        if isinstance(command, messages.SetUpEnvironment):
+            return str(json.loads(command.runtime_env)["env_vars"]["NAME"])
         if isinstance(command, messages.AssignResources):
             assert command.num_cpus == command.resources.get("CPU", 0)
             amounts = " ".join(f"{name} {amount:g}" for name, amount in command.resources.items()) or "none"
@@ -480,6 +506,8 @@ class World:
                 return f"file {answer[1]}"
             victims = [f"{self.name(one)}{self.stored(data, size, False)} to {path}" for one, data, size, path in answer[1]]
             return f"spill {', '.join(victims)}"
+        if isinstance(answer, tuple) and type(answer[0]) is int:
+            return f"{counted(answer[0], 'item', 'items')}{', no more to come' if answer[1] else ''}"
         if isinstance(answer, tuple):
             return self.name(answer[0])
         if isinstance(answer, list) and answer and isinstance(answer[0], (tuple, type(None))):
