@@ -50,6 +50,7 @@ class Recovery:
     def __init__(self) -> None:
         self.checkpoint: bytes | None = None  # the object that is the state before the log; held
         self.num_checkpoints = 0  # the number of that one; they count over all instances
+        self.covered = 0  # so many calls, over all instances, were in the log and are in a checkpoint
         self.log: list[Task] = []  # calls executed since, in the order of execution; their arguments are held
         self.applied = 0  # so many of the log's first this instance has executed
         self.sent = 0  # so many were handed to it

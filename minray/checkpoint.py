@@ -25,6 +25,10 @@ from minray.serialization import PROTOCOL, Serialized, deserialize, serialize, s
 from minray.task_spec import TaskOptions
 
 SAVE, LOAD = "save_checkpoint", "load_checkpoint"
+MAX_CALLS = 100_000
+MAX_BYTES = 64 << 20
+"""However seldom an actor asks to be saved: after so many calls, or so many bytes of their arguments, it is.  The node
+keeps in memory all that came since the last checkpoint, and to replay 100,000 calls takes more than a second."""
 
 _actor_class: Any = None  # of the actor in this process, in place of which the state says `_make` or `_call`
 
@@ -72,20 +76,22 @@ class Checkpoints:
         self.own_way = callable(getattr(cls, SAVE, None))
         self._every = options.checkpoint_every
         self._interval_s = options.checkpoint_interval_s
-        self._calls = 0  # since the last one
+        self._calls = self._bytes = 0  # since the last one: how many, and of their arguments
         self._saved_s = monotonic()
         self.number = 0  # of the last one
 
-    def is_due(self) -> bool:
-        """A call has ended: is it time?  Asked once a call."""
+    def is_due(self, args: bytes | None) -> bool:
+        """A call with these arguments has ended: is it time?  Asked once a call."""
         self._calls += 1
-        if self._calls == self._every:
+        if args is not None:
+            self._bytes += len(args)
+        if self._calls == self._every or self._calls >= MAX_CALLS or self._bytes >= MAX_BYTES:
             return True
         return bool(self._interval_s) and monotonic() - self._saved_s >= self._interval_s
 
     def restart(self) -> None:
         """It was saved, or could not be: the next is due as long after this one."""
-        self._calls = 0
+        self._calls = self._bytes = 0
         self._saved_s = monotonic()
 
     def capture(self, actor: Any) -> Serialized:

@@ -51,8 +51,8 @@ class Seat(WorkerRecord):
 
 class DistributedActors(GivenTasks):
     _replays: dict[bytes, Task]  # of calls of guests; their records stand nowhere else
-    _unsafe: dict[ObjectEntry, tuple[Actor, WorkerRecord | None, Task | None, bool]]  # checkpoints on their way here:
-    # of which actor, where it sits, the last call that they cover, and whether the constructor is not needed any more
+    _unsafe: dict[ObjectEntry, tuple[Actor, WorkerRecord | None, int, bool]]  # checkpoints on their way here: of which
+    # actor, where it sits, how many calls they cover (see Recovery.covered), and is the constructor not needed any more
     _questions: dict[int, tuple[int, int]]  # passed on, by number: who asked, and the number it gave
     _questions_made: int
 
@@ -63,9 +63,7 @@ class DistributedActors(GivenTasks):
         if self.up and task.client >= 0 and not shape.bound:
             stays = not (options.name or options.detached or options.max_restarts) and self.scheduler.could_lease(shape)
             if not stays:
-                entry = self.objects[task.spec.task_id]
-                entry.away = Away(self.up, [])
-                entry.away.asked = True  # The result says when it is there.
+                self._handle_will_come(self.objects[task.spec.task_id], self.up)
                 self._give(self.neighbours[self.up], [task])
                 return
         super()._actor_submitted(task, options, now)
@@ -81,10 +79,8 @@ class DistributedActors(GivenTasks):
                 else:
                     self._seat(self.neighbours[-site.node_no], task)
             for task in staying:
-                if any(self.objects[object_id].data is None for object_id in task.spec.deps):
-                    self._staying[task.spec.task_id] = task
-                    task.state = PENDING_ARGS_AVAIL
-                    self.lineage.count_missing(task)
+                if self._lacks_something(task):
+                    self._stay(task)
                 else:
                     shape.queue.append(task)
             if not shape.queue:
@@ -146,6 +142,9 @@ class DistributedActors(GivenTasks):
         """The head has its record."""
         return self.up != 0 and actor.task.client == self.up
 
+    def _which(self, worker: WorkerRecord) -> str:
+        return "" if type(worker) is Seat else super()._which(worker)  # Whoever told of its end has said where it was.
+
     def _call_lost(self, task: Task, neighbour: Neighbour, reason: str) -> None:
         """Its actor's home was the node that died: the actor died with it."""
         self._fail(
@@ -163,6 +162,18 @@ class DistributedActors(GivenTasks):
         if actor is not None and actor.recovery is not None:  # All its calls stay in one order, that of the log.
             return b"", task.spec.task_id in actor.recovery.replaying
         return (self.node_no, task.caller) if type(task.caller) is int else task.caller, False
+
+    def _count_missing(self, copy: Task) -> None:
+        """Of a logged call: where the actor lives now its arguments are fetched, so they must only be anywhere."""
+        actor = self.actors.actors.get(copy.spec.actor_id or b"")
+        if actor is None or type(actor.worker) is not Seat:
+            super()._count_missing(copy)
+            return
+        copy.missing = 0
+        for entry in self._needed_by(copy):
+            if not self.is_available(entry):
+                copy.missing += 1
+                self.lineage.wait_for(entry, copy)
 
     def _log_result(self, worker: WorkerRecord, result: Any) -> bool:
         """Whether the result goes on to the caller."""
@@ -222,8 +233,7 @@ class DistributedActors(GivenTasks):
             self._know(inner, event.client)
         entry = self.objects[object_id] = ObjectEntry(object_id, None, 1)
         entry.away = Away(event.client, [])
-        covers = recovery.log[recovery.applied - 1] if recovery.applied else None
-        self._unsafe[entry] = (actor, seat, covers, event.whole)
+        self._unsafe[entry] = (actor, seat, recovery.covered + recovery.applied, event.whole)
         if type(data) is bytes:
             self.lineage.seal(entry, (data, size, nested), False, now)
             self._is_safe(entry)
@@ -255,7 +265,8 @@ class DistributedActors(GivenTasks):
         if recovery is None or actor.worker is not seat or entry.is_error:  # Another instance has begun without it.
             self.lineage.release(entry.object_id)
             return
-        self._now_starts_from(actor, recovery, entry.object_id, whole, recovery.log.index(covers) + 1 if covers else 0)
+        # A number, and not the last call: one that raised and was retried is in the log twice.
+        self._now_starts_from(actor, recovery, entry.object_id, whole, covers - recovery.covered)
 
     # ------------------------------------------------------------ where a guest lives
 

@@ -16,8 +16,7 @@ The contract with the shell goes on (see node.py):
 
 7.  A TellNode is delivered in order and once, or NodeDied comes for that neighbour at both ends, and nothing after it.
 8.  Each FetchObject is answered by ObjectArrived or FetchFailed, also when the source dies.  A shell that is asked
-for an
-    object takes it with `fetch_for_driver` and says Unpinned (client 0) when it has sent it.
+    for an object takes it with `fetch_for_driver` and says Unpinned (client 0) when it has sent it.
 9.  The number of a node is never used again: one that comes back joins anew.
 10. After Expelled, or the death of the head, the shell ends the workers and leaves.
 """
@@ -85,7 +84,8 @@ class ClusterNode(DistributedActors):
         self._questions = {}
         self._questions_made = 0
         self._beat_at: float | None = None
-        self._tasks_made = self._events_made = (node_no - HEAD) * ROWS_A_NODE
+        first = (node_no - HEAD) * ROWS_A_NODE
+        self._tasks_made = self._events_made = self.actors._made = self.lineage._objects_made = first
         for event in (*get_args(FromNode), NodeJoined, NodeDied, ObjectArrived, FetchFailed):
             name = re.sub("(?<=.)([A-Z])", r"_\1", event.__name__).lower()
             self._handlers[event] = getattr(self, "handle_" + name)
@@ -224,7 +224,7 @@ class ClusterNode(DistributedActors):
             self._tell(self.up, LoadReported(self.me, self._own_tasks(), self.scheduler.available.get("CPU", 0) / UNIT))
             return
         for client, neighbour in list(self.neighbours.items()):
-            if now - neighbour.heard_s > SILENT_NODE_S:
+            if now >= neighbour.heard_s + SILENT_NODE_S:
                 self._node_gone(client, f"was silent for {now - neighbour.heard_s:.1f} s", now)
 
     def _own_tasks(self) -> int:
@@ -245,6 +245,14 @@ class ClusterNode(DistributedActors):
             )
             self._event("task_starved", task.spec.task_id, text, now)
             self.wire.append(Warn(text))
+
+    def take_rows(self, now: float) -> dict[str, list[tuple[Any, ...]]]:
+        """As of one node, without what others record: an actor's row is its home's, a task's its giver's."""
+        if self.up:
+            for actor in list(self.actors.dirty.values()):
+                if self._is_guest(actor):
+                    del self.actors.dirty[actor.no]
+        return super().take_rows(now)
 
     def describe(self, what: str) -> Any:
         """As of one node; "resources" are those of all, and "nodes" tells them apart."""

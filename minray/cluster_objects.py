@@ -139,8 +139,15 @@ class SharedObjects(Node):
         `told_by`: in the result of which task."""
         entry = self.objects.get(object_id)
         if entry is None:
-            if not ids.is_put(object_id) and ids.task_of(object_id) in self.lineage.tasks:
-                return  # Its own task is here: `Lineage.hold` makes the entry.
+            task = None if ids.is_put(object_id) else self.lineage.tasks.get(ids.task_of(object_id))
+            if task is not None:  # Its own task is here: `Lineage.hold` makes the entry.
+                if task.spec.actor is not None and type(task.worker) is Neighbour:
+                    # An actor that we gave to its home; our handles had gone before it was there.
+                    entry = self.objects[object_id] = ObjectEntry(object_id, task, 0)
+                    task.live_returns += 1
+                    self._handle_will_come(entry, task.worker.client)
+                    self._named.append(entry)
+                return
             entry = self.objects[object_id] = ObjectEntry(object_id, told_by, 0)
             if told_by is not None:
                 told_by.live_returns += 1
@@ -156,6 +163,11 @@ class SharedObjects(Node):
         self._take_reference(client, object_id)
         if entry.waiters or entry.refs > 0:
             self._ask(entry)
+
+    def _handle_will_come(self, entry: ObjectEntry, home: int) -> None:
+        """The actor's home holds it for us already, and says when it is there, with the result of its creation."""
+        entry.away = Away(home, [])
+        entry.away.asked = True
 
     def _waits_for_orphans(self, entry: ObjectEntry) -> bool:
         """Its task was given to us by a node that died with what the task needs; another node has made the object."""
@@ -345,14 +357,18 @@ class SharedObjects(Node):
     def _make_room(self, size: int) -> None:
         """Drop the least recently used values that others have, too: they need not be written to disk.
 
-        Not those that somebody here waits to read: they would be fetched again at once."""
+        Only what a keeper keeps for us: at the root of its references a value stays, be it in a file.  (Two nodes that
+        each trusted in the other's copy would lose it.)  And not those that somebody here waits to read: they would be
+        fetched again at once."""
         arena = self.lineage.arena
         wanted: dict[bytes, None] = {}
         for entry in list(self.lineage.in_arena.values()):
             if arena.largest_hole >= size:
                 return
             away = entry.away
-            if away is None or not away.places or entry.pins or entry.object_id in self.lineage.spilling:
+            if away is None or not away.keeper or not away.places:
+                continue
+            if entry.pins or entry.object_id in self.lineage.spilling:
                 continue
             wanted = wanted or self._wanted_here()
             if entry.object_id not in wanted:

@@ -111,11 +111,37 @@ class GivenTasks(SharedObjects):
         if site.node_no != self.node_no:
             self._give(self.neighbours[-site.node_no], [task])
             return
+        self._stay(task)
+        if not task.missing:
+            self._task_ready(task)
+
+    def _stay(self, task: Task) -> None:
+        """It will run here, once all that it needs is here."""
         self._staying[task.spec.task_id] = task
         task.state = PENDING_ARGS_AVAIL
         self.lineage.count_missing(task)
-        if not task.missing:
-            self._task_ready(task)
+        checkpoint = self._checkpoint_for(task)
+        if checkpoint is not None and checkpoint.data is None:
+            task.missing += 1
+            self.lineage.wait_for(checkpoint, task)
+
+    def _needed_by(self, task: Task) -> list[ObjectEntry]:
+        checkpoint = self._checkpoint_for(task)
+        return super()._needed_by(task) + ([checkpoint] if checkpoint is not None else [])
+
+    def _checkpoint_for(self, creation: Task) -> ObjectEntry | None:
+        """What the actor that it makes again starts from."""
+        actor = self.actors.actors.get(creation.spec.task_id) if creation.spec.actor is not None else None
+        recovery = actor.recovery if actor is not None else None
+        if recovery is None or recovery.checkpoint is None:
+            return None
+        return self.objects[recovery.checkpoint]
+
+    def _lacks_something(self, task: Task) -> bool:
+        """What it needs is not here any more, or lies elsewhere."""
+        if not task.spec.deps and task.spec.actor is None:
+            return False
+        return any(entry.data is None for entry in self._needed_by(task))
 
     def _is_at(self, entry: ObjectEntry, node_no: int) -> bool:
         return entry.away is not None and node_no in entry.away.places
@@ -212,7 +238,7 @@ class GivenTasks(SharedObjects):
             for position, task in enumerate(tasks):
                 if self._staying:
                     self._staying.pop(task.spec.task_id, None)
-                if any(self.objects[object_id].data is None for object_id in task.spec.deps):
+                if self._lacks_something(task):
                     self._fetch_first(tasks[position:])
                     tasks = tasks[:position]
                     break
@@ -224,6 +250,10 @@ class GivenTasks(SharedObjects):
     def _fetch_first(self, tasks: list[Task]) -> None:
         """Back to where they came from: the first of them needs what is not here any more, or not yet."""
         for task in reversed(tasks):
+            if task.spec.actor is not None:
+                task.worker = None
+                self._stay(task)
+                continue
             if task.spec.actor_id is None:
                 self._staying[task.spec.task_id] = task
             self._run_again(task)
@@ -359,23 +389,25 @@ class GivenTasks(SharedObjects):
             away, entry.away = entry.away, None
             if away is not None and away.keeper:
                 self._give_reference_back(away.keeper, entry.object_id)
+            if new.data is not None and entry.data is None:  # Refused at once.
+                self.lineage.seal(entry, (new.data, new.size, new.nested), new.is_error, self._now)
 
     def _forget_if_done(self, task: Task) -> None:
         if task.state >= FINISHED:
             self.lineage.forget_if_unneeded(task)
 
     def handle_tasks_submitted(self, event: TasksSubmitted, now: float) -> None:
-        if not self._makers:
-            super().handle_tasks_submitted(event, now)
-            return
-        # A task that runs again may be submitting what was lost with another node: from now on its home is here.
+        """A second attempt may submit what was lost with another node, or what is known here in part: of its several
+        results one that somebody was told of.  From now on their home is here."""
         templates = self._client(event.client).templates
         replaced = []
         for spec in event.specs:
             num_returns = templates[spec.template_no].options.num_returns
+            if spec.task_id in self.lineage.tasks or (num_returns < 2 and not self._makers):
+                continue
             returns = [ids.return_id(spec.task_id, index) for index in range(num_returns)]
             known = [self.objects[object_id] for object_id in returns if object_id in self.objects]
-            if spec.task_id not in self.lineage.tasks and any(map(self._is_orphan, known)):
+            if any(map(self._is_orphan, known)) or spec.task_id not in self.objects:
                 replaced += known
                 for entry in known:
                     del self.objects[entry.object_id]
@@ -399,7 +431,7 @@ class GivenTasks(SharedObjects):
         if failed is not None:
             text = task.error if task is not None and task.error else "it failed"
             result = (task_id, ERROR, (failed.data, text), started_s, finished_s)
-        elif task is not None and task.state == FAILED:  # It returns nothing.
+        elif task is not None and task.state == FAILED:  # It returns nothing, or a handle to an actor that died.
             result = (task_id, ERROR, (b"", task.error or ""), started_s, finished_s)
         else:
             values = [self._describe_value(entry) for entry in entries]
@@ -407,7 +439,7 @@ class GivenTasks(SharedObjects):
         self._tell_result(neighbour, result)
         for entry in entries:
             is_handle = entry.task is not None and entry.task.spec.actor is not None
-            if failed is not None or (type(entry.data) is bytes and not entry.nested and not is_handle):
+            if result[1] != OK or (type(entry.data) is bytes and not entry.nested and not is_handle):
                 if neighbour.held.pop(entry.object_id, self) is None:
                     self.lineage.release(entry.object_id)
 

@@ -52,30 +52,36 @@ _first = threading.Lock()  # Two threads of a task that begin to count at once m
 class TaskContext:
     """The task that a thread executes: who its children are."""
 
-    __slots__ = ("task_id", "options", "prefix", "children", "puts", "actor_id", "resources")
+    __slots__ = ("task_id", "options", "numbers", "actor_id", "resources")
 
     def __init__(self, task_id: bytes, options: TaskOptions | None, actor_id: bytes | None = None) -> None:
         self.task_id = task_id
         self.options = options
         self.actor_id = actor_id
-        self.prefix = b""  # made with the first child
-        self.children: Any = None
-        self.puts: Any = None
+        self.numbers: tuple[bytes, bytes, Any, Any] = (b"", b"", None, None)  # whose, of children and puts
 
     def next_task_id(self) -> bytes:
-        if not self.prefix:
-            with _first:
-                if not self.prefix:
-                    self.children = itertools.count(1)
-                    self.prefix = ids.children_prefix(self.task_id)
-        return ids.pack_id(self.prefix, next(self.children), 0)
+        numbers = self.numbers
+        if numbers[0] is not self.task_id:
+            numbers = self._new_numbers()
+        return ids.pack_id(numbers[1], next(numbers[2]), 0)
 
     def next_put_id(self) -> bytes:
-        if self.puts is None:
-            with _first:
-                if self.puts is None:
-                    self.puts = itertools.count(1)
-        return ids.put_id(self.task_id, next(self.puts))
+        numbers = self.numbers
+        if numbers[0] is not self.task_id:
+            numbers = self._new_numbers()
+        return ids.put_id(numbers[0], next(numbers[3]))
+
+    def _new_numbers(self) -> tuple[bytes, bytes, Any, Any]:
+        """The first child or put of an execution.
+
+        An execution has an ID object of its own, so nobody has to reset anything when the next task begins, while a
+        thread that the last one has left behind may be numbering its children."""
+        with _first:
+            task_id = self.task_id
+            if self.numbers[0] is not task_id:
+                self.numbers = (task_id, ids.children_prefix(task_id), itertools.count(1), itertools.count(1))
+            return self.numbers
 
 
 class Resolved:

@@ -489,6 +489,18 @@ class Lineage:
             self.free(entry)
 
     def free(self, first: ObjectEntry) -> None:
+        task = first.task
+        if (
+            task is not None and task.state == FINISHED and task.live_returns == 1 and task.origins is None
+            and type(first.data) is bytes and not (first.nested or first.replays or first.no)
+            and first.away is None and task.spec.actor is None
+        ):  # fmt: skip
+            # The hot path: the one small result of a task, and nothing hangs on either.  Measured: 0.2 µs of 1.0.
+            if self.objects.pop(first.object_id, None) is not None:
+                first.data = None
+                task.live_returns = 0
+                self.tasks.pop(task.spec.task_id, None)
+            return
         self._free_all(deque((first,)))
 
     def _free_all(self, doomed: deque[ObjectEntry]) -> None:
@@ -660,7 +672,8 @@ class Lineage:
             assert entry.replays == needed, f"{short(object_id)}: {entry.replays} replays would need it, not {needed}"
             assert entry.pins == pinned, f"{short(object_id)}: {entry.pins} pins, not {pinned}"
             will_come = (entry.task is not None and entry.task.state < FINISHED) or object_id in self.promised
-            unwanted = entry.refs <= 0 and not entry.waiters
+            waiters = [w for w in entry.waiters or () if type(w) is Task or w.remaining > 0]  # type: ignore[union-attr]
+            unwanted = entry.refs <= 0 and not waiters
             is_away = entry.away is not None
             assert entry.data is not None or will_come or unwanted or is_away, f"{short(object_id)} never comes"
             where = self.in_arena.get(object_id) is entry, self.spilling.get(object_id) is entry

@@ -719,20 +719,51 @@ def exact_actor_checkpoints(b: Backend) -> float:
     return b.rate(lambda: b.get([tally.add.remote() for _ in range(1000)]), 1000)
 
 
-@row("recovery", ("minray",), Figure("actor with 1,000 logged calls: kill -9 to first reply", "ms"))
-def exact_actor_recovery(b: Backend) -> float:
-    tally_class, times = b.ray.remote(checkpoint_every=1_000_000)(Tally), []
-    for _ in range(5):
-        tally = tally_class.remote()
-        b.get([tally.add.remote() for _ in range(1000)])
-        pid = b.get(tally.pid.remote())
-        began = clock()
-        os.kill(pid, signal.SIGKILL)
-        while b.get(tally.pid.remote()) == pid:
-            pass  # The dead one's last words.
-        times.append(clock() - began)
-        assert b.get(tally.add.remote()) == 1001
-    return 1000 * median(times)
+class Holder:
+    """An actor whose state is so many bytes of array."""
+
+    def __init__(self, size_bytes: int) -> None:
+        import numpy
+
+        self.array = numpy.ones(size_bytes, numpy.uint8)
+
+    def touch(self) -> None:
+        self.array[0] += 1
+
+
+STATES_MIB = (1, 16, 64)
+
+
+@row("recovery", ("minray",), *(Figure(f"one call of an exact actor that saves {mib} MiB", "ms") for mib in STATES_MIB))
+def checkpoint_sizes(b: Backend) -> tuple[float, ...]:
+    took = []
+    for mib in STATES_MIB:
+        touch = b.ray.remote(checkpoint_every=1)(Holder).remote(mib << 20).touch
+        took.append(1000 / b.rate(partial(lambda touch: b.get(touch.remote()), touch)))
+    return tuple(took)
+
+
+LOGS = {"an empty log": 0, "1,000 logged calls": 1000, "10,000 logged calls": 10_000}
+
+
+@row("recovery", ("minray",), *(Figure(f"actor with {log}: kill -9 to first reply", "ms") for log in LOGS))
+def exact_actor_recovery(b: Backend) -> tuple[float, ...]:
+    tally_class = b.ray.remote(checkpoint_every=1_000_000)(Tally)
+    medians = []
+    for num_calls in LOGS.values():
+        times = []
+        for _ in range(5):
+            tally = tally_class.remote()
+            b.get([tally.add.remote() for _ in range(num_calls)])
+            pid = b.get(tally.pid.remote())
+            began = clock()
+            os.kill(pid, signal.SIGKILL)
+            while b.get(tally.pid.remote()) == pid:
+                pass  # The dead one's last words.
+            times.append(clock() - began)
+            assert b.get(tally.add.remote()) == num_calls + 1
+        medians.append(1000 * median(times))
+    return tuple(medians)
 
 
 # --- Rows: the session itself.  These start and stop their backend on their own. ---
@@ -765,6 +796,29 @@ def session(b: Backend) -> tuple[float, float, float]:
     stopping = clock()
     b.stop()
     return 1000 * (ready - began), idle_mb, 1000 * (clock() - stopping)
+
+
+@row(
+    "session",
+    ("minray",),
+    Figure("durable job: tasks async", "tasks/s"),
+    Figure("durable job: init and get of 10,000 results of an earlier run", "ms"),
+)
+def durable_job(b: Backend) -> tuple[float, float]:
+    import tempfile
+
+    ray, runs = b.ray, []
+    with tempfile.TemporaryDirectory(prefix="minray-bench-") as directory:
+        for _ in range(2):
+            began = clock()
+            ray.init(num_cpus=b.cpus, job="bench", storage=os.path.join(directory, "jobs.sqlite"))
+            stamp, ready = ray.remote(stamp_now), clock()
+            stamps = [ray.get([stamp.remote() for _ in range(1000)]) for _ in range(10)]
+            runs.append((clock() - ready, clock() - began, stamps))
+            ray.shutdown()
+    (working_s, _, first), (_, resumed_s, second) = runs
+    assert first == second, "the second run has executed tasks again"
+    return 10_000 / working_s, 1000 * resumed_s
 
 
 @row(

@@ -230,6 +230,9 @@ class Node(NodeWorkers):
     def _other_nodes(self) -> Sequence[WorkerRecord]:
         return ()
 
+    def _needed_by(self, task: Task) -> list[ObjectEntry]:
+        return [self.objects[object_id] for object_id in task.spec.deps]
+
     def _missing(self, entries: Iterable[ObjectEntry]) -> tuple[int, int]:
         """How many of them a task has to wait for: at least, and at most."""
         count = sum(entry.data is None for entry in entries)
@@ -283,7 +286,7 @@ class Node(NodeWorkers):
                 assert stands_in == in_queue, f"{named(task)}, state {task.state}, stands in {stands_in} places"
                 assert live or task.live_returns, f"{named(task)} has ended and is kept for nothing"
             if task.state == PENDING_ARGS_AVAIL:
-                fewest, most = self._missing([lineage.objects[object_id] for object_id in task.spec.deps])
+                fewest, most = self._missing(self._needed_by(task))
                 assert fewest <= task.missing <= most > 0, f"{named(task)} waits for {task.missing} objects, not {most}"
             found = returns[task.no]
             assert task.live_returns == found, f"{named(task)} has {task.live_returns} live returns, not {found}"

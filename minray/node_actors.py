@@ -171,6 +171,9 @@ class NodeActors(NodeExact):
         elif actor.state == ALIVE:
             actor.state = RESTARTING  # Calls from now on are for the next instance.
 
+    def _which(self, worker: WorkerRecord) -> str:
+        return f" {worker.client} (pid {worker.pid}, node {self.label})"
+
     def _actor_worker_died(
         self, worker: WorkerRecord, actor: Actor, running: bytes | None, reason: str, now: float
     ) -> None:
@@ -181,7 +184,7 @@ class NodeActors(NodeExact):
         given_up = self._gives_up(actor, recovery, worker, running) if recovery is not None else ""
         calls = list(worker.in_flight.values())
         begun = actor.begun(calls, running)
-        why = f"its worker {worker.client} (pid {worker.pid}, node {self.label}) {reason}"
+        why = f"its worker{self._which(worker)} {reason}"
         if begun and calls[begun - 1].spec.task_id == running:
             why += f" while running {calls[begun - 1].template.options.name}()"
         if actor.unrecoverable:

@@ -16,8 +16,10 @@ what the dead instance held is held until the new one has caught up.
 A call that a caller's second attempt submits again is not executed a second time: its result is there,
 or is an error that says so (`Recovery.executed`).
 
-Left out: bounding the log.  It is as long as the user's options say; a checkpoint that finds no room makes it
-longer.  And executing other callers' calls out of order while the first waits for a lost argument: what a call
+The log is bounded: by the user's options, or else by checkpoint.MAX_CALLS and MAX_BYTES.  A checkpoint that finds no
+room makes it longer, up to MAX_LOGGED; then the actor goes on without recovery, and the user is told.
+
+Left out: executing other callers' calls out of order while the first waits for a lost argument: what a call
 does may depend on all before it.
 """
 
@@ -37,6 +39,8 @@ from minray.task_spec import ACTOR_EXITED, ALIVE, CANCELLED, FINISHED, OK, RETRY
 
 MAX_FRUITLESS = 10
 """An instance after the other dies before it has executed one new call: then the actor is given up."""
+MAX_LOGGED = 300_000
+"""A log that no checkpoint has shortened for so many calls is given up."""
 NOBODY = -1
 """In place of a client: nobody waits for what a replay returns."""
 
@@ -141,7 +145,7 @@ class NodeExact(NodeStreams):
         worker = self.scheduler.workers[event.client]
         actor = worker.actor
         self._grants.pop((event.client, event.object_id), None)
-        if actor is None or actor.recovery is None:
+        if actor is None or actor.recovery is None or actor.unrecoverable:
             self.lineage.drop_value(event.value)
             return
         self.lineage.put(event.object_id, event.value, now)
@@ -157,6 +161,7 @@ class NodeExact(NodeStreams):
         recovery.num_checkpoints += 1
         recovery.fruitless = 0
         recovery.warned = False
+        recovery.covered += num_covered
         covered = recovery.log[:num_covered]
         del recovery.log[:num_covered]
         recovery.sent -= num_covered
@@ -184,6 +189,9 @@ class NodeExact(NodeStreams):
     def _not_saved(self, actor: Actor, recovery: Recovery, reason: str, for_good: bool) -> None:
         now = self._now
         name = f"actor {actor.options.class_name} [{ids.short(actor.actor_id)}]"
+        if not for_good and len(recovery.log) >= MAX_LOGGED:
+            for_good = True
+            reason = f"{reason}\nIt would have to be made from {len(recovery.log):,} calls by now"
         if not for_good:
             if not recovery.warned:
                 recovery.warned = True
@@ -262,7 +270,7 @@ class NodeExact(NodeStreams):
                 break  # Its first attempt, which raised and was retried, is on its way: one after the other.
             recovery.next = copy
             if copy.spec.deps and not copy.missing:
-                self.lineage.count_missing(copy)
+                self._count_missing(copy)
             if copy.missing:
                 break
             recovery.next = None
@@ -270,6 +278,9 @@ class NodeExact(NodeStreams):
             recovery.sent += 1
             batch.append(copy)
         return batch
+
+    def _count_missing(self, copy: Task) -> None:
+        self.lineage.count_missing(copy)
 
     def _copy_of(self, call: Task) -> Task:
         """The call itself has ended, its row is written, and its result is in use: none of that is touched again."""

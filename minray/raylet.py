@@ -59,8 +59,11 @@ GCS_TRIES_AGAIN = {
     "disk_full": ("OutOfDiskError", "Make room there."),
     "disk_io": ("OutOfDiskError", "Is that disk in order?"),
     "locked": ("RaySystemError", "Another program has locked it: end that."),
+    "silent": ("RaySystemError", "Has somebody stopped that process, or does its disk hang?"),
 }
-"""Of the errors that gcs.py tells those that may pass: what new work becomes meanwhile, and what can be done."""
+"""Of the errors that gcs.py tells, and its silence, those that may pass: what new work becomes, what can be done."""
+GCS_SILENCE_S = 5.0
+"""A GCS that is GCS_BACKLOG_BYTES behind and acknowledges nothing for so long cannot write, whatever the reason."""
 GCS_ATTEMPTS = 5
 """A GCS process that dies more often without writing anything is not started again."""
 DEATH_NOTICE_S = 1.0
@@ -113,7 +116,7 @@ class Raylet:
         self._gcs_deaths = 0  # since it last acknowledged something
         self._gcs_stuck_s: float | None = None  # since when it has not been able to write all that it was sent
         self._gcs_stalled = False  # and the node knows
-        self._gcs_fault = ""  # what it said last that was no acknowledgement: see gcs.py
+        self._gcs_fault = ""  # what it said last that was no acknowledgement (see gcs.py), or "silent"
         self.gcs_error = ""
         self.flush_each = False  # rows leave before anybody learns what has happened: a killed driver loses none
         self.warning = ""  # for the user, once
@@ -286,7 +289,7 @@ class Raylet:
             wake_at -= clock.EPOCH
             deadline = wake_at if deadline is None or wake_at < deadline else deadline
         if self._gcs_stuck_s is not None and not self._gcs_stalled:
-            until = self._gcs_stuck_s + GCS_PATIENCE_S
+            until = self._gcs_stuck_s + self._gcs_patience_s
             deadline = until if deadline is None or until < deadline else deadline
         for until in self._closing.values():
             deadline = until if deadline is None or until < deadline else deadline
@@ -530,13 +533,17 @@ class Raylet:
         elif (
             self._gcs_fault in GCS_TRIES_AGAIN
             and not self._gcs_stalled
-            and monotonic() >= (self._gcs_stuck_s or 0.0) + GCS_PATIENCE_S
+            and monotonic() >= (self._gcs_stuck_s or 0.0) + self._gcs_patience_s
         ):
             self._gcs_stalled = True
             error, advice = GCS_TRIES_AGAIN[self._gcs_fault]
             why = f"the GCS cannot write: {self.gcs_error}. {advice}"
             self.warning = f"{why} Until it can, new tasks and objects become errors ({error}); what runs goes on."
             self._do(self.node.handle(GcsStalled(DRIVER, error, why), now))
+
+    @property
+    def _gcs_patience_s(self) -> float:
+        return GCS_SILENCE_S if self._gcs_fault == "silent" else GCS_PATIENCE_S
 
     def _take_from_gcs(self, mask: int, now: float) -> None:
         if self._gcs is None:
@@ -552,6 +559,8 @@ class Raylet:
             for message in messages:
                 if message[0] == "ack":
                     self._gcs_acked = max(self._gcs_acked, message[1])
+                    if self._gcs_fault == "silent" and not self._gcs_stalled:
+                        self._gcs_stuck_s = None  # It is slow, no more.
                     self.gcs_error, self._gcs_fault, self._gcs_deaths = "", "", 0
                     while self._gcs_frames and self._gcs_frames[0][0] <= message[1]:
                         self._gcs_frames.popleft()
@@ -564,6 +573,9 @@ class Raylet:
         """Send what has changed to the GCS; again in FLUSH_S if it is too far behind to take it."""
         if self._gcs is not None and self._gcs.backlog_bytes > GCS_BACKLOG_BYTES:
             self._flush_at = monotonic() + FLUSH_S
+            if not self._gcs_fault and not self._gcs_stalled:
+                self._gcs_stuck_s, self._gcs_fault = monotonic(), "silent"
+                self.gcs_error = f"for {GCS_SILENCE_S:g} s its process has not taken what it was sent"
             return
         self._flush_at = None
         self.record(self.node.take_rows(now))

@@ -558,7 +558,7 @@ class Scheduler:
         for position, worker in enumerate(list(self.idle.values())[: max(0, surplus)]):
             if worker.environment == SPENT:
                 continue
-            if now - worker.idle_since >= IDLE_WORKER_S or position < too_many:
+            if now >= worker.idle_since + IDLE_WORKER_S or position < too_many:
                 ending.append(worker)
             else:
                 self.wake_by(worker.idle_since + IDLE_WORKER_S)
@@ -571,7 +571,7 @@ class Scheduler:
         found = []
         for shape in self.active:
             task = next((task for task in shape.queue if task.state == PENDING_NODE_ASSIGNMENT), None)
-            if shape.starved or task is None or now - task.submitted_s < STARVED_S:
+            if shape.starved or task is None or now < task.submitted_s + STARVED_S:
                 continue
             if all(self._is_held_for_good(pool, shape) for pool in shape.pools):
                 shape.starved = True
@@ -596,12 +596,12 @@ class Scheduler:
         due = []
         for worker in self.workers.values():
             if worker.held_s:
-                if now - worker.held_s >= LOOK_AFTER_S:
+                if now >= worker.held_s + LOOK_AFTER_S:
                     due.append(worker)
                 else:
                     self.wake_by(worker.held_s + LOOK_AFTER_S)
             elif worker.asked_s and len(worker.in_flight) > 1:
-                if now - worker.asked_s >= SILENT_S:
+                if now >= worker.asked_s + SILENT_S:
                     worker.held_s = now
                     self._out.append(HoldNext(worker.client))
                     self.wake_by(now + LOOK_AFTER_S)

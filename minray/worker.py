@@ -191,9 +191,9 @@ class Worker(CoreWorker):
             except IndexError:
                 if self._exiting or self._serve is not None:
                     break
-                self.flush()
                 self._work.done = False
-                self._idle = True  # Before the look: what comes after it rings.
+                self._idle = True  # Before the look: what comes after it rings, and what others submit they send.
+                self.flush()
                 if not queue and not self._exiting:
                     with suppress(KeyboardInterrupt):
                         self.loop.wait(self._work)
@@ -292,8 +292,6 @@ class Worker(CoreWorker):
         in_main = context is self._context
         context.task_id = task_id
         context.options = options
-        context.prefix = b""
-        context.puts = None
         started_s = EPOCH + monotonic()
         status: int = OK
         payload: Any
@@ -408,7 +406,7 @@ class Worker(CoreWorker):
     def _execute_and_save(self, task: tuple[Any, ...], context: TaskContext) -> None:
         self._execute(task, context)
         checkpoints = self._checkpoints
-        if checkpoints is not None and not self._over and checkpoints.is_due():
+        if checkpoints is not None and not self._over and checkpoints.is_due(task[2]):
             self._save(checkpoints)
             checkpoints.restart()
 
@@ -665,8 +663,8 @@ class Worker(CoreWorker):
             self._specs.append(spec.to_wire())
             for index in range(num_returns):
                 self.references.adopt(ids.return_id(spec.task_id, index))
-        if self._blocked or monotonic() - self._sent_s > HOLD_S or len(self._specs) >= 100:
-            self.flush()  # Also when the main thread only reads, in get(): nobody else would send this.
+        if self._blocked or monotonic() - self._sent_s > HOLD_S or len(self._specs) >= 100 or self._idle:
+            self.flush()  # Also when the main thread only reads, in get() or for work: nobody else would send this.
         else:
             object_ref.rouse()  # Should this task compute now, the caretaker sends the rest.
 

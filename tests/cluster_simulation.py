@@ -1,7 +1,7 @@
 """Several nodes in a world of fake processes, links and disks: simulation.py, once for each node.
 
-The programs are those of simulation.py; a `Host` is its `Simulation` with a node among others, and the `World` has the time, the
-seed and the links.  To what can fail there it adds: a node is killed with all its processes, a new one joins, a
+The programs and processes are those of simulation.py; a `Host` is its `Machine` with a node among others, and the `World` has the time,
+the seed and the links.  To what can fail there it adds: a node is killed with all its processes, a new one joins, a
 link is slow, or carries nothing for so long that the head declares the node dead, which goes on working without knowing.
 
 In the end no node may have anything left, and at rest every reference that a node holds at another must be counted there, and the
@@ -18,18 +18,19 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from cluster_processes import Context, Driver, Simulation, Worker
+from simulation import (
+    ACTOR, EXACT, HUNGRY, KINDS, NO_ACTOR, OWN_WAY, Context, Driver, Machine, Process, Worker, limits,
+)  # fmt: skip
 
 from minray import ids
 from minray.cluster_messages import (
-    HEAD, FetchFailed, LoadReported, NodeDied, NodeJoined, ObjectArrived, TasksGiven,
+    HEAD, ActorReleased, FetchFailed, LoadReported, NodeDied, NodeJoined, ObjectArrived, TasksGiven,
 )  # fmt: skip
-from minray.cluster_node import SILENT_NODE_S, ClusterNode
+from minray.cluster_node import ROWS_A_NODE, SILENT_NODE_S, ClusterNode
 from minray.messages import (
     DRIVER, ActorKillRequested, Command, FetchObject, ObjectLost, ReferencesChanged, TasksFinished, TellNode, Unpinned,
 )  # fmt: skip
-from minray.node import Node
-from minray.task_spec import ACTOR_EXITED, CANCELLED, FAILED, FINISHED, OK, UNIT
+from minray.task_spec import ACTOR_EXITED, CANCELLED, FAILED, FINISHED, UNIT
 
 
 def shared(name: str) -> Any:
@@ -45,53 +46,38 @@ def shared(name: str) -> Any:
 
 
 class HeadDriver(Driver):
-    def main(self) -> Any:
-        context, world = self.context, self.sim
-        assert context is not None
-        for _ in range(world.rng.choice((4, 8, 16))):
-            yield from context.steps(1, True, True)
-            self.flush()
-        world.faulty = False
-        # Everything must resolve now; it need not all be in this node's memory at once.
-        node: Any = world.node
-        while waiting := [i for i in context.refs if not node.is_available(node.objects[i])]:
-            yield ("await", waiting[:1], 1, False, None)
-        context.close()
-        return OK, None
+    def unresolved(self) -> list[bytes]:
+        """They need not all be in this node's memory at once."""
+        assert self.context is not None
+        node: Any = self.sim.node
+        return [i for i in self.context.refs if not node.is_available(node.objects[i])][:1]
 
 
-class Host(Simulation):
+class Host(Machine):
     rng, now, faulty, events, trace, story = (shared(n) for n in ("rng", "now", "faulty", "events", "trace", "story"))
     depth, secluded, actor_ids, contents, calls = (shared(n) for n in ("depth", "secluded", "actor_ids", "contents", "calls"))
-    states, answered = shared("states"), shared("answered")
-    check_every = shared("check_every")
+    states, stamps, actor_kinds, check_every, seed = (shared(n) for n in ("states", "stamps", "actor_kinds", "check_every", "seed"))
+    exact, task_kinds = shared("exact"), shared("task_kinds")
 
     def __init__(self, world: World, node_no: int, resources: dict[str, int], store_bytes: int, cpus: int) -> None:
         self.world = world
-        self.seed = world.seed
         self.node_no = node_no
         self.resources = resources
-        self._tick_at: float | None = None
-        self.memory: dict[int, bytes] = {}
-        self.files: dict[str, bytes] = {}
-        self.lost_files: dict[str, bytes] = {}
-        self.committed: dict[bytes, tuple[Any, Any, bool]] = {}
-        self.template_of: dict[tuple[int, int], int] = {}
-        self.tasks: dict[int, Any] = {}
-        self.node: Node = ClusterNode(
+        super().__init__()
+        self.node = ClusterNode(
             resources, store_bytes, lambda i: f"/spill-{node_no}/" + i.hex(), label=f"n{node_no}", node_no=node_no
         )
-        self.processes: dict[int, Worker] = {}
-        self.graves: dict[int, Worker] = {}
-        self.driver = HeadDriver(self)
-        self.over = False
+        self.is_over = False
         self.carry_out(self.node.start_workers(cpus))
+
+    def make_driver(self) -> Driver:
+        return HeadDriver(self)
 
     def at(self, when: float, what: Callable[..., None], *args: Any) -> None:
         self.world.at(when, self.unless_over, what, args)
 
     def unless_over(self, what: Callable[..., None], args: tuple[Any, ...]) -> None:
-        if not self.over:
+        if not self.is_over:
             what(*args)
             self.set_alarm()
 
@@ -109,10 +95,35 @@ class Host(Simulation):
         if type(event) is ReferencesChanged and event.client in self.node.neighbours and not self.world.losses:  # type: ignore[attr-defined]
             for object_id in event.acquired:
                 known = object_id in self.node.objects or ids.task_of(object_id) in self.node.lineage.tasks
+                known = known or object_id in self.world.let_go
                 assert known, f"{ids.short(object_id)} was freed while its name was on its way"
         super().handle(event)
         if type(event) is TasksGiven:
             self.note_given(event, before)
+
+    def kill_someone(self, actor_id: bytes | None = None) -> None:
+        """An actor's worker, on whichever node it is."""
+        for host in self.world.hosts.values():
+            if actor_id is not None and any(process.actor_id == actor_id for process in host.processes.values()):
+                Machine.kill_someone(host, actor_id)
+                return
+        super().kill_someone(actor_id)
+
+    def begins(self, process: Process, task_id: bytes) -> None:
+        """How often a task may be executed on several nodes depends on what each of them knew."""
+        record = self.node.scheduler.workers.get(process.client)
+        assert record is None or task_id in record.in_flight, f"{ids.short(task_id)} is executed, and others have it"
+
+    def saw(self, process: Process, object_id: bytes, data: Any) -> None:
+        if self.world.losses or self.world.deaths:  # What was lost with a node is made again, and is another value.
+            self.value_at(object_id, data)
+        else:
+            super().saw(process, object_id, data)
+
+    def take_rows(self) -> None:
+        super().take_rows()
+        for (table, number), _ in self.rows.items():
+            assert number > (self.node_no - HEAD) * ROWS_A_NODE, f"{table} {number} is another node's"
 
     def check_states(self, process: Worker, results: list[Any]) -> None:
         actor = self.node.scheduler.workers[process.client].actor
@@ -134,7 +145,7 @@ class Host(Simulation):
                 continue
             if status in (CANCELLED, ACTOR_EXITED):
                 continue
-            state, answered = self.world.ended[task_id], self.answered.setdefault(actor.actor_id, [])
+            state, answered = self.world.ended[task_id], self.answered.setdefault(actor.no, [])
             if len(state) > len(answered):
                 answered.append(task_id)
                 again = task.template.options.retry_exceptions
@@ -146,6 +157,7 @@ class Host(Simulation):
             task = self.node.lineage.tasks.get(spec.task_id)
             if task is not None and task.no > before:
                 self.tasks[task.no] = task
+                self.unrecorded.add(task.no)  # Whoever gave it records it.
                 self.note_call(task)
 
     def note_submitted(self, event: Any, before: int) -> None:
@@ -157,8 +169,6 @@ class Host(Simulation):
 
     def note_call(self, task: Any) -> None:
         """In the order in which they come to the actor's home."""
-        if task.spec.actor is not None:
-            self.answered.pop(task.spec.task_id, None)  # One that had ended, and that a second attempt makes anew.
         if task.spec.actor_id is not None:
             actor = self.node.actors.actors.get(task.spec.actor_id)
             if actor is not None and not self.node._is_guest(actor):  # type: ignore[attr-defined]
@@ -169,6 +179,7 @@ class Host(Simulation):
         rest = []
         for command in commands:
             if type(command) is TellNode:
+                self.note_names(command)
                 self.world.send(self, -command.client, command.events)
             elif type(command) is FetchObject:
                 self.after(self.world.rng.uniform(0.0001, 0.003), self.read_from, command)
@@ -176,10 +187,22 @@ class Host(Simulation):
                 rest.append(command)
         super().carry_out(rest)
 
+    def note_names(self, command: TellNode) -> None:
+        """A call's arguments are held until its result comes, or until its actor's home buries the actor: then the node where
+        it lived may hear of the call, and right behind it that the actor is released."""
+        named = self.world.named
+        for event in command.events:
+            if type(event) is TasksGiven:
+                for spec, *_ in event.tasks:
+                    if spec.actor_id is not None:
+                        named.setdefault((command.client, spec.actor_id), []).extend(spec.deps + spec.nested)
+            elif type(event) is ActorReleased:
+                self.world.let_go.update(named.pop((command.client, event.actor_id), ()))
+
     def read_from(self, command: FetchObject) -> None:
         source = self.world.hosts.get(-command.client)
         fetched = None
-        if source is not None and not source.over and not self.world.is_cut(self, source):
+        if source is not None and not source.is_over and not self.world.is_cut(self, source):
             fetched = source.node.fetch_for_driver(command.object_id)
             if fetched is not None and type(fetched[0]) is str and fetched[0] not in source.files:
                 source.handle(Unpinned(DRIVER, [command.object_id]))
@@ -190,19 +213,19 @@ class Host(Simulation):
             self.handle(FetchFailed(DRIVER, command.fetch_no, "it is not there"))
             return
         assert source is not None and fetched[1] == command.size
-        source.saw(command.object_id, fetched[0])
-        self.world.at(self.now + self.world.rng.uniform(0.0001, 0.01), self.has_read, command, source)
+        value = source.value_at(command.object_id, fetched[0])
+        self.world.at(self.now + self.world.rng.uniform(0.0001, 0.01), self.has_read, command, source, value)
 
-    def has_read(self, command: FetchObject, source: Host) -> None:
-        if self.over:
-            if not source.over:  # Its connection has broken.
+    def has_read(self, command: FetchObject, source: Host, value: int) -> None:
+        if self.is_over:
+            if not source.is_over:  # Its connection has broken.
                 source.handle(Unpinned(DRIVER, [command.object_id]))
                 source.set_alarm()
             return
-        if source.over or self.world.is_cut(self, source):
+        if source.is_over or self.world.is_cut(self, source):
             self.handle(FetchFailed(DRIVER, command.fetch_no, "the connection broke"))
             self.set_alarm()
-            if not source.over:
+            if not source.is_over:
                 source.handle(Unpinned(DRIVER, [command.object_id]))
                 source.set_alarm()
             return
@@ -211,8 +234,9 @@ class Host(Simulation):
         kind, where, *_ = command.room
         if kind == "block":
             self.write(where, command.object_id)
+            self.memory[where] = (command.object_id, value)
         else:
-            self.files[where] = command.object_id
+            self.files[where] = (command.object_id, value)
         self.handle(ObjectArrived(DRIVER, command.fetch_no))
         self.set_alarm()
 
@@ -252,7 +276,7 @@ class World:
         self.check_every = check_every
         self.max_events = 50_000
         self.trace = hashlib.blake2b(digest_size=16) if keep_trace else None
-        self.story: deque[str] = deque(maxlen=6000) if keep_trace else deque(maxlen=0)
+        self.story: deque[str] = deque(maxlen=6000 if keep_trace else 0)
         self._heap: list[tuple[float, int, bool, Callable[..., None], tuple[Any, ...]]] = []
         self._ties = itertools.count()
         self._foreground = 0
@@ -263,13 +287,18 @@ class World:
         self.contents: dict[bytes, tuple[bytes, ...]] = {}
         self.calls: dict[bytes, tuple[bytes, int]] = {}
         self.states: dict[bytes, tuple[tuple[bytes, ...], tuple[bytes, ...]]] = {}
-        self.answered: dict[bytes, list[bytes]] = {}
+        self.stamps = itertools.count(1)
+        self.exact: dict[bytes, bool] = {}
+        self.task_kinds = KINDS  # Generators do not run on other nodes yet.
+        self.actor_kinds = (ACTOR, ACTOR, ACTOR, HUNGRY, HUNGRY, NO_ACTOR, EXACT, OWN_WAY, OWN_WAY)
         self.ended: dict[bytes, tuple[bytes, ...]] = {}  # by call of a guest: the state after its last execution
         self.hosts: dict[int, Host] = {}
         self.links: dict[tuple[int, int], float] = {}  # when what was sent last arrives
         self.slow: dict[int, float] = {}
         self.cut: dict[int, float] = {}  # node -> until when its link carries nothing
-        self.losses = 0
+        self.losses = self.deaths = 0
+        self.named: dict[tuple[int, bytes], list[bytes]] = {}  # by the node and the actor there: names in its calls
+        self.let_go: set[bytes] = set()  # those of actors that were released; never iterated
         self.closed: list[tuple[int, int]] = []
         head = self.add_host(self.rng.choice((1, 1, 2)))
         for _ in range(self.rng.choice((1, 1, 2, 3))):
@@ -332,7 +361,7 @@ class World:
     def deliver(self, link: tuple[int, int], events: list[Any]) -> None:
         sender, to = link
         host = self.hosts[to]
-        if link in self.closed or host.over:
+        if link in self.closed or host.is_over:
             return
         for event in events:
             host.handle(event)
@@ -348,13 +377,14 @@ class World:
 
     def end(self, host: Host) -> None:
         """All its processes, its memory and its links are gone."""
-        if host.over:
+        if host.is_over:
             return
-        host.over = True
+        host.is_over = True
+        self.deaths += 1
         self.closed += [(host.node_no, HEAD), (HEAD, host.node_no)]
 
     def kill_node(self) -> None:
-        alive = [host for host in self.hosts.values() if host.node_no != HEAD and not host.over]
+        alive = [host for host in self.hosts.values() if host.node_no != HEAD and not host.is_over]
         if not self.faulty or not alive:
             return
         host = self.rng.choice(alive)
@@ -371,9 +401,10 @@ class World:
         self.add_host(self.rng.choice((1, 2)))
 
     def cut_link(self) -> None:
-        alive = [host for host in self.hosts.values() if host.node_no != HEAD and not host.over]
+        alive = [host for host in self.hosts.values() if host.node_no != HEAD and not host.is_over]
         if self.faulty and alive:
             host = self.rng.choice(alive)
+            self.deaths += 1  # It may be declared dead.
             self.cut[host.node_no] = self.now + self.rng.choice((0.05, 0.5, SILENT_NODE_S * 1.5))
             self.at(self.cut[host.node_no], self.heal)
 
@@ -381,7 +412,7 @@ class World:
         pass
 
     def on_some_host(self, what: str) -> None:
-        alive = [host for host in self.hosts.values() if not host.over]
+        alive = [host for host in self.hosts.values() if not host.is_over]
         host = self.rng.choice(alive)
         self.losses += what == "lose_something"  # A result that was lost does not hold what it names.
         getattr(host, what)()
@@ -390,6 +421,11 @@ class World:
     # ------------------------------------------------------------ a run
 
     def run(self) -> World:
+        with limits(self.rng):
+            self.run_to_its_end()
+        return self
+
+    def run_to_its_end(self) -> None:
         rng, head = self.rng, self.hosts[HEAD]
         head.driver.code = head.driver.main()
         head.after(0.0, head.driver.go_on, None)
@@ -397,6 +433,8 @@ class World:
             self.at(self.now + rng.uniform(0.02, 0.2), self.on_some_host, "kill_someone")
         for _ in range(rng.choice((0, 0, 2, 6))):
             self.at(self.now + rng.uniform(0.02, 0.2), self.on_some_host, "lose_something")
+        for _ in range(rng.choice((0, 0, 1, 5))):
+            self.at(self.now + rng.uniform(0.02, 0.2), self.on_some_host, "stop_someone")
         for _ in range(rng.choice((0, 0, 1, 1, 2))):
             self.at(self.now + rng.uniform(0.02, 0.3), self.kill_node)
         for _ in range(rng.choice((0, 0, 0, 1, 2))):
@@ -407,30 +445,30 @@ class World:
         for host in self.hosts.values():
             if host is not head and -host.node_no not in head.node.neighbours:  # type: ignore[attr-defined]
                 self.end(host)  # It does not know yet.
-        if any(host.over for host in self.hosts.values()):  # Perhaps with the only license, say.
+        if any(host.is_over for host in self.hosts.values()):  # Perhaps with the only license, say.
             self.add_host(2, all_resources=True)
             self.until_all_is_quiet()
         for host in list(self.hosts.values()):
-            if not host.over:
+            if not host.is_over:
                 for actor in list(host.node.actors.actors.values()):
-                    if actor.options.detached and not host.node._is_guest(actor):  # type: ignore[attr-defined]
+                    lasts = actor.options.detached or actor.options.name
+                    if lasts and not host.node._is_guest(actor):  # type: ignore[attr-defined]
                         host.handle(ActorKillRequested(DRIVER, actor.actor_id, True))
                         host.set_alarm()
         self.until_all_is_quiet()
         self.check_links()
         for host in self.hosts.values():
-            if not host.over:
+            if not host.is_over:
                 try:
                     host.check_end()
                 except AssertionError as error:
                     raise AssertionError(f"node {host.node_no}: {error}") from error
-        return self
 
     def check_links(self) -> None:
         """At rest: what one node holds at another is counted there, and nothing else is."""
         head = self.hosts[HEAD].node
         for host in self.hosts.values():
-            if host.over or host.node_no == HEAD:
+            if host.is_over or host.node_no == HEAD:
                 continue
             node: Any = host.node
             for one, other in ((head, node), (node, head)):

@@ -1,5 +1,7 @@
 """A small world for the pure node: fake processes, virtual time, and a seed that decides everything else.
 
+A `Machine` is a node with its processes; here it stands alone (`Simulation`), in cluster_simulation.py among others.
+
 `Simulation(seed).run()` lets a driver and its workers do what programs do (tasks with children,
 dependencies, objects of all sizes, actors with and without names and recovery, waits with and without a time limit,
 cancel, kill) while things go wrong:
@@ -29,12 +31,13 @@ Left out: threads of actors; time passes only between events, so a process is ne
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import heapq
 import itertools
 import pickle
 from collections import Counter, deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from random import Random
 from typing import Any
 
@@ -90,6 +93,8 @@ TEMPLATES = [
     TaskOptions(ACTOR_CREATION, FUNCTION, "H.__init__", resources=(HALF,), max_retries=0, checkpoint_every=1, placement=(GROUPS[1], -1, False)),
 ]
 NAMES = ("a", "b")
+KINDS = (PLAIN, PLAIN, PLAIN, PLAIN, TWO, FREE, SMALL, LICENSED, ON_GPU, NOTHING, IMPOSSIBLE)
+GENERATORS = (STREAMED, STREAMED, PRESSED, LISTED)
 BLOCKING = (PLAIN, TWO, FREE, SMALL, CALL, LASTING_CALL, RETRIED_CALL, STREAMED, LISTED, IN_ANY, IN_SECOND)
 """Kinds of task that may wait: what they hold is lent meanwhile, so that others can go on."""
 
@@ -342,7 +347,7 @@ class Context:
             what = rng.random()
             if what < 0.3 and self.depth < 3:
                 for _ in range(rng.choice((1, 1, 2, 5))):
-                    self.submit(rng.choice((PLAIN, PLAIN, PLAIN, PLAIN, TWO, FREE, SMALL, LICENSED, ON_GPU, NOTHING, IMPOSSIBLE, STREAMED, STREAMED, PRESSED, LISTED)))
+                    self.submit(rng.choice(self.sim.task_kinds))
             elif what < 0.38:
                 yield from self.put()
             elif what < 0.44 and may_call and self.depth < 2:
@@ -352,7 +357,7 @@ class Context:
             elif what < 0.68 and may_call and self.handles:
                 handle = rng.choice(self.handles)
                 kinds = (CALL, CALL, LASTING_CALL, LASTING_CALL, RETRIED_CALL)
-                if handle not in self.sim.exact:
+                if handle not in self.sim.exact and STREAMED in self.sim.task_kinds:
                     kinds += (STREAMED_CALL,)
                 for _ in range(rng.choice((1, 4, 8))):
                     self.submit(rng.choice(kinds), handle)
@@ -404,7 +409,7 @@ class Context:
 class Process:
     """What the driver and a worker have in common: they count refs, ask, and send in order."""
 
-    def __init__(self, sim: Simulation, client: int) -> None:
+    def __init__(self, sim: Machine, client: int) -> None:
         self.sim = sim
         self.client = client
         self.references: References = ReferenceCounter()
@@ -565,7 +570,7 @@ class Process:
 
 
 class Driver(Process):
-    def __init__(self, sim: Simulation) -> None:
+    def __init__(self, sim: Machine) -> None:
         super().__init__(sim, DRIVER)
         self.references = References()
         self.held: Counter[bytes] = Counter()  # what it has told the node
@@ -612,14 +617,18 @@ class Driver(Process):
             context.close_reader(reader)
         self.flush()
         # Everything must resolve now.
-        while waiting := [i for i in context.refs if sim.node.objects[i].data is None]:
+        while waiting := self.unresolved():
             yield ("await", waiting, len(waiting), False, None)
         context.close()
         return OK, None
 
+    def unresolved(self) -> list[bytes]:
+        assert self.context is not None
+        return [i for i in self.context.refs if self.sim.node.objects[i].data is None]
+
 
 class Worker(Process):
-    def __init__(self, sim: Simulation, client: int) -> None:
+    def __init__(self, sim: Machine, client: int) -> None:
         super().__init__(sim, client)
         self.environment = ""
         self.has_run = False
@@ -858,37 +867,40 @@ class Worker(Process):
         return [item for item in answer if item is not None]
 
 
-class Simulation:
-    def __init__(self, seed: int, keep_trace: bool = False, check_every: int = 1) -> None:
-        self.seed = seed
-        self.rng = Random(seed)
-        self.group_rng = Random(f"groups {seed}")
-        self.now = 1_000_000.0
-        self.clock_is_off_s = 0.0  # what the node is told minus that
-        self.faulty = True
-        self.events = 0
-        self.check_every = check_every
-        self.trace = hashlib.blake2b(digest_size=16) if keep_trace else None
-        self.story: deque[str] = deque(maxlen=4000) if keep_trace else deque(maxlen=0)
-        self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
-        self._ties = itertools.count()
+class Machine:
+    """A node with its processes.  The time, the seed and what goes wrong are its world's: `Simulation`, for one alone; the
+    `World` of cluster_simulation.py, for several."""
+
+    seed: int
+    rng: Random
+    now: float
+    faulty: bool
+    events: int
+    check_every: int
+    trace: Any
+    story: deque[str]
+    depth: dict[bytes, int]  # of a task: how many made it, one the other
+    secluded: list[bytes]
+    actor_ids: dict[bytes, bool]
+    exact: dict[bytes, bool]  # actors with recovery, whose methods do not stream
+    task_kinds: tuple[int, ...]
+    actor_kinds: tuple[int, ...]
+    contents: dict[bytes, tuple[bytes, ...]]
+    calls: dict[bytes, tuple[Any, int]]  # call -> (caller, its number in the order of submission)
+    states: dict[bytes, tuple[tuple[bytes, ...], tuple[bytes, ...]]]  # by checkpoint: calls, and refs
+    stamps: Iterator[int]
+    node: Node
+
+    def __init__(self) -> None:
         self._tick_at: float | None = None
-        self.depth: dict[bytes, int] = {}
-        self.secluded: list[bytes] = []
-        self.actor_ids: dict[bytes, bool] = {}
-        self.exact: dict[bytes, bool] = {}  # those with recovery, whose methods do not stream
         self.everyone: dict[int, Worker] = {}  # also the dead
-        self.contents: dict[bytes, tuple[bytes, ...]] = {}
-        self._stamps = itertools.count(1)
         self.memory: dict[int, tuple[bytes, int]] = {}  # offset -> the object whose bytes lie there, and its value
         self.files: dict[str, tuple[bytes, int]] = {}
         self.lost_files: dict[str, tuple[bytes, int]] = {}
         self.committed: dict[bytes, tuple[Any, Any, bool]] = {}  # entry, data, is it an error
         self.seen: dict[bytes, tuple[Any, Any]] = {}  # entry, and the value that readers have seen
         self.template_of: dict[tuple[int, int], int] = {}
-        self.states: dict[bytes, tuple[tuple[bytes, ...], tuple[bytes, ...]]] = {}  # by checkpoint: calls, and refs
         self.answered: dict[int, list[bytes]] = {}  # by number of an actor with recovery: the calls that the node has heard the end of
-        self.calls: dict[bytes, tuple[int | bytes, int]] = {}  # call -> (caller, its number in the order of submission)
         self.tasks: dict[int, Any] = {}  # every Task that the node has made, by number
         self.begun: Counter[int] = Counter()  # by number: how often a process began to execute it
         self.unheard: Counter[int] = Counter()  # by number: executions that ended, and died with their process
@@ -900,27 +912,23 @@ class Simulation:
         self.rows: dict[tuple[str, int], int] = {}  # what the GCS has last been told: (table, number) -> state
         self.rows_every = self.rng.choice((1, 5, 40, 1000))  # events
         self.gcs_is_stalled = False
-        self.unrecorded: set[int] = set()  # numbers of tasks that were refused for that; never iterated
+        self.unrecorded: set[int] = set()  # numbers of tasks of which the GCS is not told by this node; never iterated
         self.told_of_starvation = False
-        self.root = ids.root_task_id(b"%d" % seed)
-        exact = (EXACT, OWN_WAY, OWN_WAY)
-        self.actor_kinds = self.rng.choice(((ACTOR, ACTOR, ACTOR, HUNGRY, NO_ACTOR, BUSY, *exact), exact))
-        lineage.MAX_CHILDREN = self.rng.choice((1000, 1000, 2))  # Limits are reached in some.
-        lineage.MAX_REPLAYABLE = self.rng.choice((100_000, 100_000, 4))
-        actor_table.MAX_IN_FLIGHT = node_exact.MAX_IN_FLIGHT = self.rng.choice((1000, 1000, 2))
-        cpus = self.rng.choice((1, 1, 2, 3))
-        resources = {"CPU": cpus * UNIT, "license": UNIT, "GPU": self.rng.choice((1, 2)) * UNIT, "room": 99 * UNIT}
-        self.node = Node(resources, self.rng.choice((200_000, 300_000, 10_000_000)), lambda i: "/spill/" + i.hex())
         self.processes: dict[int, Worker] = {}
         self.graves: dict[int, Worker] = {}
-        self.driver = Driver(self)
-        self.driver.context = Context(self.driver, self.root)
-        self.carry_out(self.node.start_workers(cpus))
+        self.driver = self.make_driver()
+
+    def make_driver(self) -> Driver:
+        return Driver(self)
 
     # ------------------------------------------------------------ time
 
     def at(self, when: float, what: Callable[..., None], *args: Any) -> None:
-        heapq.heappush(self._heap, (when, next(self._ties), what, args))
+        raise NotImplementedError
+
+    def clock(self) -> float:
+        """What the node is told."""
+        return self.now
 
     def after(self, delay: float, what: Callable[..., None], *args: Any) -> None:
         self.at(self.now + delay, what, *args)
@@ -930,50 +938,11 @@ class Simulation:
             return 0.3
         return self.rng.choice((0.00005, 0.0001, 0.0003, 0.004))
 
-    def clock(self) -> float:
-        return self.now + self.clock_is_off_s
-
-    def run(self) -> Simulation:
-        self.driver.code = self.driver.main()
-        self.after(0.0, self.driver.go_on, None)
-        for _ in range(self.rng.choice((0, 1, 3, 10))):
-            self.after(self.rng.uniform(0.02, 0.2), self.kill_someone)
-        for _ in range(self.rng.choice((0, 0, 2, 8))):
-            self.after(self.rng.uniform(0.02, 0.2), self.lose_something)
-        for _ in range(self.rng.choice((0, 0, 1, 5))):
-            self.after(self.rng.uniform(0.02, 0.2), self.stop_someone)
-        for _ in range(self.rng.choice((0, 0, 0, 2))):
-            self.after(self.rng.uniform(0.02, 0.2), self.set_clock)
-        for _ in range(self.rng.choice((0, 0, 0, 1))):
-            self.after(self.rng.uniform(0.02, 0.2), self.stall_gcs)
-        if self.seed % 4 == 3:  # The others are the runs that they were before there were groups.
-            for _ in range(self.group_rng.choice((1, 3, 6))):
-                self.after(self.group_rng.uniform(0, 0.15), self.use_group)
-        self.until_all_is_quiet()
-        self.end_who_starves_others()
-        # Those that were found by name may hold handles to themselves.
-        for actor in list(self.node.actors.actors.values()):
-            if actor.options.detached or actor.options.name:
-                self.handle(ActorKillRequested(DRIVER, actor.actor_id, True))
-        self.until_all_is_quiet()
-        self.check_end()
-        return self
-
-    def until_all_is_quiet(self) -> None:
-        for _ in range(50_000):
-            if not self._heap:
-                return
-            when, _, what, args = heapq.heappop(self._heap)
-            self.now = max(self.now, when)
-            what(*args)
-            self.set_alarm()
-        raise AssertionError("it does not come to an end")
-
     def set_alarm(self) -> None:
         wake_at = self.node.wake_at
         if wake_at is not None and wake_at != self._tick_at:
             self._tick_at = wake_at
-            self.at(wake_at - self.clock_is_off_s, self.tick, wake_at)
+            self.at(wake_at - self.clock() + self.now, self.tick, wake_at)
 
     def tick(self, wake_at: float) -> None:
         if self.node.wake_at == wake_at:
@@ -1152,11 +1121,6 @@ class Simulation:
             victim = self.rng.choice(list(self.processes.values()))
             victim.stopped_until = self.now + self.rng.choice((0.005, 0.02, 0.1, 1.0, 10.0))
 
-    def set_clock(self) -> None:
-        if self.faulty:
-            self.clock_is_off_s += self.rng.choice((-3600.0, 3600.0, -1.0, 1.0))
-            self._tick_at = None
-
     def stall_gcs(self) -> None:
         if self.faulty:
             self.gcs_is_stalled = True
@@ -1166,46 +1130,6 @@ class Simulation:
     def heal_gcs(self) -> None:
         self.gcs_is_stalled = False
         self.handle(GcsRecovered(DRIVER))
-
-    def end_who_starves_others(self) -> None:
-        """Actors may hold CPUs that others wait for: then the user is told, and ends some."""
-        while any(task.state < FINISHED for task in self.tasks.values()):
-            actors = [a.actor_id for a in self.node.actors.actors.values() if a.worker is not None]
-            holders = [i for i in actors if CPU in self.node.lineage.tasks[i].template.options.resources]
-            if not holders:
-                return
-            assert self.told_of_starvation, "tasks wait for what actors hold, and nobody was told"
-            for actor_id in holders:
-                self.handle(ActorKillRequested(DRIVER, actor_id, True))
-            self.until_all_is_quiet()
-
-    def use_group(self) -> None:
-        """The driver asks for a placement group (it may be there, or have been there), uses it, and removes it later."""
-        if not self.faulty or self.driver.code is None:
-            return
-        rng, context = self.group_rng, self.driver.context
-        assert context is not None
-        group = rng.choice(GROUPS)
-        value = pickle.dumps((group, (), self.stamp()))
-        strategy = rng.choice(("PACK", "PACK", "PACK", "STRICT_PACK", "STRICT_SPREAD"))
-        if rng.random() < 0.9:
-            self.handle(PlacementGroupRequested(DRIVER, 0, group, list(BUNDLES[group]), strategy, "", False, value))
-        if rng.random() < 0.5:
-            context.hold((group,))
-        kinds = (IN_ANY, GUEST) if group == GROUPS[0] else (IN_SECOND, IN_GPU, EXACT_GUEST)
-        for _ in range(rng.choice((0, 1, 3, 6))):
-            template = rng.choice(kinds)
-            if TEMPLATES[template].kind == ACTOR_CREATION:
-                context.make_actor(template)
-            else:
-                context.submit(template)
-        self.driver.flush()
-        self.after(rng.uniform(0.001, 0.3), self.remove_group, group)
-        if rng.random() < 0.5:
-            self.after(rng.uniform(0.001, 0.1), self.use_group)
-
-    def remove_group(self, group: bytes) -> None:
-        self.handle(PlacementGroupRemoved(DRIVER, group))
 
     def lose_something(self) -> None:
         """A file goes, which nobody notices before it is read; or an object, and the node is told."""
@@ -1247,15 +1171,18 @@ class Simulation:
 
     def stamp(self) -> int:
         """What makes a value unlike all others, also those that other executions of the same task return."""
-        return next(self._stamps)
+        return next(self.stamps)
+
+    def value_at(self, object_id: bytes, data: Any) -> Any:
+        if type(data) is bytes:
+            return data
+        there, value = self.memory[data] if type(data) is int else self.files[data]
+        assert there == object_id, "the memory, or the file, is another object's"
+        return value
 
     def saw(self, process: Process, object_id: bytes, data: Any) -> None:
         """P2: what one reader has seen is what the others see, unless a loss was announced."""
-        if type(data) is bytes:
-            value: Any = data
-        else:
-            there, value = self.memory[data] if type(data) is int else self.files[data]
-            assert there == object_id, "the memory, or the file, is another object's"
+        value = self.value_at(object_id, data)
         entry = self.node.objects.get(object_id)
         known = entry is not None and object_id not in self.losses
         if known and process.client in (DRIVER, *self.node.scheduler.workers):
@@ -1352,6 +1279,142 @@ class Simulation:
         assert not node.lineage.tasks and not node.actors.actors and not node.actors.names
         assert all(offset in node._retired for offset in node.lineage.arena.blocks) and not node._grants
         assert not self.files, f"files are left: {list(self.files)}"
+
+
+@contextlib.contextmanager
+def limits(rng: Random) -> Iterator[None]:
+    """Limits that real programs hardly reach are reached in some seeds; and what runs after that in this process has its own again."""
+    places = [(lineage, "MAX_CHILDREN"), (lineage, "MAX_REPLAYABLE"), (actor_table, "MAX_IN_FLIGHT"), (node_exact, "MAX_IN_FLIGHT")]
+    before = [getattr(module, name) for module, name in places]
+    in_flight = rng.choice((1000, 1000, 2))
+    chosen = (rng.choice((1000, 1000, 2)), rng.choice((100_000, 100_000, 4)), in_flight, in_flight)
+    try:
+        for (module, name), limit in zip(places, chosen):
+            setattr(module, name, limit)
+        yield
+    finally:
+        for (module, name), limit in zip(places, before):
+            setattr(module, name, limit)
+
+
+class Simulation(Machine):
+    """One node alone."""
+
+    def __init__(self, seed: int, keep_trace: bool = False, check_every: int = 1) -> None:
+        self.seed = seed
+        self.rng = Random(seed)
+        self.now = 1_000_000.0
+        self.clock_is_off_s = 0.0  # what the node is told minus that
+        self.faulty = True
+        self.events = 0
+        self.check_every = check_every
+        self.trace = hashlib.blake2b(digest_size=16) if keep_trace else None
+        self.story = deque(maxlen=4000 if keep_trace else 0)
+        self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._ties = itertools.count()
+        self.depth, self.secluded, self.actor_ids, self.contents, self.calls, self.states = {}, [], {}, {}, {}, {}
+        self.exact, self.task_kinds = {}, KINDS + GENERATORS
+        self.stamps = itertools.count(1)
+        self.group_rng = Random(f"groups {seed}")
+        super().__init__()
+        exact = (EXACT, OWN_WAY, OWN_WAY)
+        self.actor_kinds = self.rng.choice(((ACTOR, ACTOR, ACTOR, HUNGRY, NO_ACTOR, BUSY, *exact), exact))
+        cpus = self.rng.choice((1, 1, 2, 3))
+        resources = {"CPU": cpus * UNIT, "license": UNIT, "GPU": self.rng.choice((1, 2)) * UNIT, "room": 99 * UNIT}
+        self.node = Node(resources, self.rng.choice((200_000, 300_000, 10_000_000)), lambda i: "/spill/" + i.hex())
+        self.driver.context = Context(self.driver, ids.root_task_id(b"%d" % seed))
+        self.carry_out(self.node.start_workers(cpus))
+
+    def at(self, when: float, what: Callable[..., None], *args: Any) -> None:
+        heapq.heappush(self._heap, (when, next(self._ties), what, args))
+
+    def clock(self) -> float:
+        return self.now + self.clock_is_off_s
+
+    def run(self) -> Simulation:
+        with limits(self.rng):
+            self.run_to_its_end()
+        return self
+
+    def run_to_its_end(self) -> None:
+        self.driver.code = self.driver.main()
+        self.after(0.0, self.driver.go_on, None)
+        for _ in range(self.rng.choice((0, 1, 3, 10))):
+            self.after(self.rng.uniform(0.02, 0.2), self.kill_someone)
+        for _ in range(self.rng.choice((0, 0, 2, 8))):
+            self.after(self.rng.uniform(0.02, 0.2), self.lose_something)
+        for _ in range(self.rng.choice((0, 0, 1, 5))):
+            self.after(self.rng.uniform(0.02, 0.2), self.stop_someone)
+        for _ in range(self.rng.choice((0, 0, 0, 2))):
+            self.after(self.rng.uniform(0.02, 0.2), self.set_clock)
+        for _ in range(self.rng.choice((0, 0, 0, 1))):
+            self.after(self.rng.uniform(0.02, 0.2), self.stall_gcs)
+        if self.seed % 4 == 3:  # The others are the runs that they were before there were groups.
+            for _ in range(self.group_rng.choice((1, 3, 6))):
+                self.after(self.group_rng.uniform(0, 0.15), self.use_group)
+        self.until_all_is_quiet()
+        self.end_who_starves_others()
+        # Those that were found by name may hold handles to themselves.
+        for actor in list(self.node.actors.actors.values()):
+            if actor.options.detached or actor.options.name:
+                self.handle(ActorKillRequested(DRIVER, actor.actor_id, True))
+        self.until_all_is_quiet()
+        self.check_end()
+
+    def until_all_is_quiet(self) -> None:
+        for _ in range(50_000):
+            if not self._heap:
+                return
+            when, _, what, args = heapq.heappop(self._heap)
+            self.now = max(self.now, when)
+            what(*args)
+            self.set_alarm()
+        raise AssertionError("it does not come to an end")
+
+    def set_clock(self) -> None:
+        if self.faulty:
+            self.clock_is_off_s += self.rng.choice((-3600.0, 3600.0, -1.0, 1.0))
+            self._tick_at = None
+
+    def use_group(self) -> None:
+        """The driver asks for a placement group (it may be there, or have been there), uses it, and removes it later."""
+        if not self.faulty or self.driver.code is None:
+            return
+        rng, context = self.group_rng, self.driver.context
+        assert context is not None
+        group = rng.choice(GROUPS)
+        value = pickle.dumps((group, (), self.stamp()))
+        strategy = rng.choice(("PACK", "PACK", "PACK", "STRICT_PACK", "STRICT_SPREAD"))
+        if rng.random() < 0.9:
+            self.handle(PlacementGroupRequested(DRIVER, 0, group, list(BUNDLES[group]), strategy, "", False, value))
+        if rng.random() < 0.5:
+            context.hold((group,))
+        kinds = (IN_ANY, GUEST) if group == GROUPS[0] else (IN_SECOND, IN_GPU, EXACT_GUEST)
+        for _ in range(rng.choice((0, 1, 3, 6))):
+            template = rng.choice(kinds)
+            if TEMPLATES[template].kind == ACTOR_CREATION:
+                context.make_actor(template)
+            else:
+                context.submit(template)
+        self.driver.flush()
+        self.after(rng.uniform(0.001, 0.3), self.remove_group, group)
+        if rng.random() < 0.5:
+            self.after(rng.uniform(0.001, 0.1), self.use_group)
+
+    def remove_group(self, group: bytes) -> None:
+        self.handle(PlacementGroupRemoved(DRIVER, group))
+
+    def end_who_starves_others(self) -> None:
+        """Actors may hold CPUs that others wait for: then the user is told, and ends some."""
+        while any(task.state < FINISHED for task in self.tasks.values()):
+            actors = [a.actor_id for a in self.node.actors.actors.values() if a.worker is not None]
+            holders = [i for i in actors if CPU in self.node.lineage.tasks[i].template.options.resources]
+            if not holders:
+                return
+            assert self.told_of_starvation, "tasks wait for what actors hold, and nobody was told"
+            for actor_id in holders:
+                self.handle(ActorKillRequested(DRIVER, actor_id, True))
+            self.until_all_is_quiet()
 
     def trace_hash(self) -> str:
         assert self.trace is not None

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from minray import ids
+from minray import ids, node_exact
 from minray.actor_table import MAX_CALLERS, MAX_IN_FLIGHT, Recovery
 from minray.messages import (
     DRIVER, ActorKillRequested, BlockRequested, CancelRequested, CheckpointFailed, CheckpointTaken, FunctionExported, KillWorker,
@@ -610,6 +610,22 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_older_one_and_a_longer_log()
     play.die(play.instance.client)
     play.run()
     assert play.restored == [1] and play.instance.state == tuple(calls)
+
+
+def test_a_log_that_no_checkpoint_shortens_any_more_is_given_up_and_the_user_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_exact, "MAX_LOGGED", 3)
+    play = Play(every=100)
+    calls = [play.call() for _ in range(3)]
+    play.run()
+    client = play.instance.client
+    play.handle(CheckpointFailed(client, ids.checkpoint_id(play.actor_id, 1), "the disk is full", False))
+    assert play.actor.recovery is None and "the disk is full" in play.warnings[-1] and "3 calls by now" in play.warnings[-1]
+    later = play.call()
+    play.run()
+    assert play.result(later) == 4, "it goes on"
+    play.die(client)
+    assert play.actor.state == DEAD
+    play.nothing_is_left(*calls, later)
 
 
 # ---------------------------------------------------------------- replays that do something else

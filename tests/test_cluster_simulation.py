@@ -18,7 +18,7 @@ from cluster_simulation import World
 
 from minray import cluster_actors, cluster_node, cluster_objects, cluster_tasks
 
-SEEDS = int(os.environ.get("MINRAY_CLUSTER_SEEDS", "240"))
+SEEDS = int(os.environ.get("MINRAY_CLUSTER_SEEDS", "1000"))
 
 
 @pytest.mark.timeout(120 + SEEDS)

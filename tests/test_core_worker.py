@@ -33,6 +33,63 @@ def test_two_threads_that_begin_at_once_get_two_ids(next_id, monkeypatch):
     assert len(set(made)) == 3
 
 
+def test_a_thread_that_the_last_task_left_behind_numbers_no_child_twice():
+    """The main thread begins another task while that thread is between two steps of numbering."""
+    context, made, go, done = core_worker.TaskContext(ids.root_task_id(b"1"), None), [], threading.Event(), threading.Event()
+    pack = ids.pack_id
+
+    def left_behind():
+        made.append(context.next_task_id())
+        numbers = context.numbers
+        go.set()
+        done.wait()
+        made.append(pack(numbers[1], next(numbers[2]), 0))  # What it had read before it lost its turn.
+        made.append(context.next_task_id())
+
+    thread = threading.Thread(target=left_behind)
+    thread.start()
+    go.wait()
+    context.task_id = ids.root_task_id(b"2")
+    made.append(context.next_task_id())
+    done.set()
+    thread.join()
+    made.append(context.next_task_id())
+    assert len(set(made)) == 5 and all(ids.counter_of(one) for one in made)
+
+
+def test_a_second_execution_of_a_task_gives_its_children_the_same_ids():
+    context = core_worker.TaskContext(ids.NIL, None)
+    made = []
+    for _ in range(2):
+        context.task_id = bytes(bytearray(ids.root_task_id(b"1")))  # As it comes in another frame.
+        made.append([context.next_task_id(), context.next_put_id(), context.next_task_id()])
+    assert made[0] == made[1] and len(set(made[0])) == 3
+
+
+def test_what_a_thread_submits_in_a_worker_without_a_task_is_sent_at_once(session, tmp_path):
+    @minray.remote
+    def touch(path):
+        open(path, "w").close()
+
+    @minray.remote
+    class Leaves:
+        def behind(self, directory):
+            def later():
+                time.sleep(0.1)  # The method has returned by then.
+                self.refs = [touch.remote(f"{directory}/{n}") for n in range(3)]
+
+            threading.Thread(target=later).start()
+
+    leaves = Leaves.remote()
+    minray.get(touch.remote(str(tmp_path / "warm")))
+    minray.get(leaves.behind.remote(str(tmp_path)))
+    deadline = time.monotonic() + 10
+    while len(list(tmp_path.iterdir())) < 4:
+        assert time.monotonic() < deadline, f"only {sorted(path.name for path in tmp_path.iterdir())} were run"
+        minray.wait([minray.put(0)])  # The driver's loop runs, and nobody speaks to the actor.
+        time.sleep(0.005)
+
+
 def test_a_function_that_two_threads_use_first_is_known_before_either_call(session, monkeypatch):
     core, results = api.core(), []
     real = core.send

@@ -13,9 +13,11 @@ import time
 
 import numpy as np
 import pytest
+from test_gcs import a_small_disk
 
 import minray
 from minray import job_storage, state, story
+from minray.exceptions import ObjectStoreFullError, OutOfDiskError
 
 SCRIPT = """
 import os, random, signal, sys, time
@@ -607,6 +609,50 @@ def test_a_second_driver_of_the_same_job_is_refused_with_who_holds_it(tmp_path):
     finally:
         holder.kill()
         holder.communicate()
+
+
+@pytest.mark.parametrize(
+    "size, refusal, words",
+    [
+        (10, OutOfDiskError, "make.* was not run.*jobs.sqlite, where 0 bytes are free.*Make room there"),
+        (200_000, ObjectStoreFullError, "found no room.*jobs.sqlite.objects"),
+    ],
+    ids=["rows", "files"],
+)
+def test_a_full_disk_under_the_storage_is_a_typed_error_and_heals(size, refusal, words, tmp_path):
+    """The session's own directory has room: what is full is the disk of the job's results, of 2 MiB."""
+    ran = tmp_path / "ran.log"
+
+    @minray.remote
+    def make(n):
+        with open(ran, "a") as file:
+            file.write(f"{n}\n")
+        return np.full(size, n, np.uint8)
+
+    with a_small_disk(tmp_path / "small") as disk:
+        storage = disk / "jobs.sqlite"
+        with minray.init(num_cpus=2, job="full", storage=str(storage)):
+            first = [int(minray.get(make.remote(n))[0]) for n in range(3)]
+            ballast = disk / "ballast"
+            with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+            deadline = time.monotonic() + 30
+            with pytest.raises(refusal, match=f"(?s){words}"):
+                for n in range(3, 100_000):
+                    minray.get(make.remote(n))
+                    assert time.monotonic() < deadline, "the full disk goes unnoticed"
+            ballast.unlink()
+            deadline = time.monotonic() + 30
+            healed = False
+            while not healed:
+                assert time.monotonic() < deadline, "space has returned, and nothing is taken in"
+                with contextlib.suppress(OutOfDiskError, ObjectStoreFullError):
+                    healed = int(minray.get(make.remote(7))[0]) == 7
+        ran.unlink()
+        with minray.init(num_cpus=2, job="full", storage=str(storage)):  # What was answered before is there.
+            assert [int(minray.get(make.remote(n))[0]) for n in range(3)] == first == [0, 1, 2]
+        assert not ran.exists() or not {"0", "1", "2"} & set(ran.read_text().split())
 
 
 def test_what_a_driver_forks_does_not_hold_its_job(tmp_path):

@@ -20,7 +20,7 @@ from test_gcs import a_small_disk
 from test_node import ROOT, T1, T2, T3, T4, T5, VALUE, World, task_id
 
 import minray
-from minray import api, check, ids, session
+from minray import api, check, ids, raylet, session
 from minray.exceptions import OutOfDiskError, RaySystemError
 from minray.messages import (
     DRIVER, BlockRequested, GcsRecovered, GcsStalled, ObjectPut, ObjectsAwaited, Reply,
@@ -342,13 +342,14 @@ def until_refused() -> int:
     raise AssertionError
 
 
-def until_taken_in() -> None:
-    def taken_in() -> bool:
-        with contextlib.suppress(OutOfDiskError):
-            return minray.get(square.remote(3)) == 9
-        return False
+def takes_work(refusal: type[Exception]) -> bool:
+    with contextlib.suppress(refusal):
+        return minray.get(square.remote(3)) == 9
+    return False
 
-    wait_until(taken_in, "space has returned, and nothing is taken in")
+
+def until_taken_in() -> None:
+    wait_until(lambda: takes_work(OutOfDiskError), "space has returned, and nothing is taken in")
 
 
 def test_a_full_disk_is_a_typed_error_and_heals(small_home, tmp_path, capfd):
@@ -524,3 +525,52 @@ def test_a_gcs_that_finds_a_damaged_file_says_so_and_tasks_go_on(first_page, wor
         api.flush_records()
     assert minray.get(square.remote(4)) == 16
     assert "minray check" in capfd.readouterr().err
+
+
+def test_a_gcs_that_is_silent_stops_new_work_before_memory_grows_and_heals(monkeypatch, capfd):
+    """Stopped by a signal it neither takes nor refuses anything; what waits for it is bounded."""
+    monkeypatch.setattr(raylet, "GCS_BACKLOG_BYTES", 100_000)
+    monkeypatch.setattr(raylet, "GCS_SILENCE_S", 0.5)
+    with minray.init(num_cpus=2):
+        core = api._core
+        assert minray.get(square.remote(3)) == 9
+        pid = wait_until(gcs_pid, "there is no GCS")
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            taken_in = 0
+            with pytest.raises(RaySystemError, match="(?s)square.* was not run.*has not taken what it was sent.*stopped that process"):
+                for _ in range(1_000_000):
+                    taken_in += len(minray.get([square.remote(3) for _ in range(100)]))
+            assert taken_in > 100
+            for _ in range(3000):
+                square.remote(1)
+            with pytest.raises(RaySystemError):
+                minray.get(square.remote(1))
+            assert core.raylet._gcs.backlog_bytes < 2_000_000 and len(core.node.lineage.tasks) < 100
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        wait_until(lambda: takes_work(RaySystemError), "the GCS goes on, and nothing is taken in")
+        path = api.flush_records()
+        assert gcs_pid() == pid
+        finished = "SELECT sum(tasks) FROM function_view WHERE state = 'FINISHED' AND func_or_class_name = 'square'"
+        assert ask(path, finished)[0][0] > taken_in
+    told = capfd.readouterr().err
+    assert "its process has not taken what it was sent" in told and "everything is written now" in told
+
+
+def test_a_gcs_that_is_slow_is_not_silent(monkeypatch):
+    """It is behind for longer than a silence may last, and acknowledges something now and then."""
+    monkeypatch.setattr(raylet, "GCS_BACKLOG_BYTES", 10_000)
+    monkeypatch.setattr(raylet, "GCS_SILENCE_S", 0.4)
+    with minray.init(num_cpus=2):
+        pid = wait_until(gcs_pid, "there is no GCS")
+        until = time.monotonic() + 1.5
+        while time.monotonic() < until:
+            os.kill(pid, signal.SIGSTOP)
+            try:
+                assert sum(minray.get([square.remote(1) for _ in range(200)])) == 200
+                time.sleep(0.05)
+            finally:
+                os.kill(pid, signal.SIGCONT)
+            time.sleep(0.02)
+        assert minray.get(square.remote(3)) == 9

@@ -18,6 +18,9 @@ writes the new conversations, and a reviewer reads the difference.  The notation
 
 and all else is prose.  ``A=f(B, [C], 7)`` names a task: B is an argument that it waits for, C a ref inside
 one.  ``"42"`` is a value that travels in messages, ``400KB@0`` one that lies at 0 in the arena, or in that file.
+Of several nodes the first is `@ head`, the next `@ node-2`; n2/worker-1 is a worker of that one, and `> n2/worker-1 …` what it says.
+What a node tells another is delivered at once: what that does stands right behind.  `net` is the shell that copies values.
+
 ``A.1`` is a second return, ``K.c1`` a checkpoint, ``#7`` a request.  Of a generator (``streaming=1``) ``A.1`` is
 its reader, ``A.2`` its item 0.  What keeps an object is counted: refs to it, views
 into its memory, and tasks whose replay would need it.
@@ -42,8 +45,10 @@ from typing import Any, get_args
 
 import pytest
 
-from minray import ids, messages
+from minray import cluster_messages, ids, messages
 from minray.actor_table import Recovery
+from minray.cluster_messages import HEAD, NodeJoined
+from minray.cluster_node import ClusterNode
 from minray.messages import DRIVER, Command, Event, FetchObject, TaskSpec, TellNode
 from minray.node import Node
 from minray.scheduler import Scheduler
@@ -111,13 +116,16 @@ class World:
         self.seen: set[type] = set()
         self.now = 1000.0
         self.started = int(workers)  # the last worker that the node has asked for
-        self.node = Node(
+        self.node = self.make_node(
             {name: amount * UNIT for name, amount in resources.items()}, size_of(store),
             lambda object_id: f"spill/{self.name(object_id)}",
         )  # fmt: skip
         for command in self.node.start_workers(int(workers)):
             self.handle(messages.WorkerStarted(command.client, 100 + command.client))
         self.wake_at = self.node.wake_at
+
+    def make_node(self, *args: Any) -> Node:
+        return Node(*args)
 
     # ------------------------------------------------------------ names
 
@@ -410,21 +418,26 @@ class World:
         if later:
             self.now += float(later[1]) / (1000 if later[2] == "ms" else 1)
             line = line[later.end() :]
-        found = re.fullmatch(r"(driver|clock|gcs|worker-(\d+)) (\w+)(?::? (.*))?", line)
+        found = re.fullmatch(r"(driver|clock|gcs|net|worker-(\d+)) (\w+)(?::? (.*))?", line)
         assert found, f"{line!r} does not say who and what"
         event = self.event(int(found[2] or DRIVER), found[3], found[4] or "")
         self.refuse_nonsense(event)
         commands = self.handle(event)
-        notes = self.node.take_rows(self.now).get("events", [])
-        for _, _, kind, subject, text in notes:
-            about = f" {self.name(bytes.fromhex(subject))}" if subject else ""
-            yield f"* {kind}{about}: {self.text(text)}"
+        yield from self.notes()
         yield from self.in_words(commands)
-        if self.node.wake_at != self.wake_at and self.node.wake_at is not None:
+        if self.node.wake_at != self.wake_at and self.node.wake_at is not None and self.tells_clock:
             yield f"< clock ticks in {duration(self.node.wake_at - self.now)}"
         elif not commands:
             yield "< nothing"
         self.wake_at = self.node.wake_at
+
+    tells_clock = True
+
+    def notes(self) -> Iterator[str]:
+        notes = self.node.take_rows(self.now).get("events", [])
+        for _, _, kind, subject, text in notes:
+            about = f" {self.name(bytes.fromhex(subject))}" if subject else ""
+            yield f"* {kind}{about}: {self.text(text)}"
 
     def in_words(self, commands: list[Command]) -> Iterator[str]:
         before: Any = None
@@ -527,6 +540,9 @@ class World:
 
     # ------------------------------------------------------------ questions
 
+    def place_of(self, worker: Any) -> str:
+        return f"worker-{worker.client}" if worker.client > 0 else f"node {-worker.client}"
+
     def about(self, name: str) -> Iterator[str]:
         if found := re.fullmatch(r"worker-(\d+)", name):
             worker = self.node.scheduler.workers[int(found[1])]
@@ -536,7 +552,7 @@ class World:
         task = self.node.lineage.tasks.get(some_id)
         if task is not None:
             empty = False
-            where = f" on worker-{task.worker.client}" if task.worker is not None else ""
+            where = f" on {self.place_of(task.worker)}" if task.worker is not None else ""
             waits = f" for {task.missing} of its arguments" if task.state == PENDING_ARGS_AVAIL else ""
             retries = task.retries_left
             left = f"{counted(retries, 'retry', 'retries')} left" if retries >= 0 else "retries without end"
@@ -544,7 +560,7 @@ class World:
         actor = self.node.actors.actors.get(some_id)
         if actor is not None:
             empty = False
-            where = f" in worker-{actor.worker.client}" if actor.worker is not None else ""
+            where = f" in {self.place_of(actor.worker)}" if actor.worker is not None else ""
             yield f"= actor {ACTOR_STATES[actor.state]}{where}, restarted {counted(actor.restarts, 'time', 'times')}"
             if actor.recovery is not None:
                 log, start = actor.recovery.log, actor.recovery.checkpoint
@@ -556,11 +572,159 @@ class World:
                 counts = ((entry.refs, "ref"), (entry.pins, "view"), (entry.replays, "replay"))
                 kept = ", ".join(counted(count, what, f"{what}s") for count, what in counts if count)
                 value = "=pending" if entry.data is None else self.stored(entry.data, entry.size, entry.is_error)
+                if entry.away is not None and entry.away.places:
+                    copies = self.stored(tuple(entry.away.places), entry.size, False)
+                    value = copies if entry.data is None else f"{value}, and {copies[1:]}"
                 yield f"= object {self.name(object_id)}{value}, kept by {kept}"
                 if entry.is_error and entry.data[0] == 0x80:
                     yield from (f"=   {self.text(line)}".rstrip() for line in str(pickle.loads(entry.data)).splitlines())
         if empty:
             yield "= nothing: it is forgotten"
+
+
+class ClusterWorld(World):
+    """A node among others.  What it tells another is heard there at once, and told right behind."""
+
+    tells_clock = False  # It beats all the time.
+    told = (
+        cluster_messages.TasksGiven, cluster_messages.CopiesChanged, cluster_messages.NodeJoined, cluster_messages.NodeDied,
+        cluster_messages.ObjectArrived, cluster_messages.ActorSaved,
+    )  # fmt: skip
+    """The words between nodes that have a story so far; tests/test_cluster_node.py and cluster_simulation.py speak all of them."""
+
+    def __init__(self, number: int = HEAD, head: ClusterWorld | None = None, **given: str) -> None:
+        self.number = number
+        self.prefix = "" if head is None else f"n{number}/"
+        super().__init__(**given)
+        self.members: dict[int, ClusterWorld] = {HEAD: self} if head is None else head.members
+        if head is not None:
+            for shared in ("ids", "names", "children", "puts", "options", "actor_options", "class_of", "seen", "now"):
+                setattr(self, shared, getattr(head, shared))
+            self.members[number] = self
+            self.handle(NodeJoined(-HEAD, "head", head.node.scheduler.total))
+            head.handle(NodeJoined(-number, f"n{number}", self.node.scheduler.total))
+            for one in (head, self):
+                one.node.take_rows(self.now)  # That they have joined is no part of the story.
+
+    def make_node(self, *args: Any) -> Node:
+        label = "head" if self.number == HEAD else f"n{self.number}"
+        return ClusterNode(*args, label=label, node_no=self.number)
+
+    def play(self, line: str) -> Iterator[str]:
+        found = re.fullmatch(r"(.* later, )?(?:n(\d+)/)(.*)", line)
+        if found is None:
+            yield from super().play(line)
+        else:
+            member = self.members[int(found[2])]
+            member.now = self.now
+            yield from member.play((found[1] or "") + found[3])
+            self.now = member.now
+        if " NodeDied " in line:
+            del self.members[int(re.search(r"n(\d+)", line)[1])]  # type: ignore[index]
+
+    def event(self, client: int, kind: str, text: str) -> Any:
+        if kind == "ObjectArrived":
+            return cluster_messages.ObjectArrived(client, int(text[1:]))
+        if kind == "FetchFailed":
+            number, _, why = text[1:].partition(" ")
+            return cluster_messages.FetchFailed(client, int(number), why.strip('"'))
+        if kind == "NodeDied":
+            number, _, why = text[1:].partition(" ")
+            return cluster_messages.NodeDied(-int(number), why.strip('"'))
+        return super().event(client, kind, text)
+
+    def hear(self, events: list[Any]) -> Iterator[str]:
+        for event in events:
+            commands = self.handle(event)
+            yield from self.notes()
+            yield from self.in_words(commands)
+
+    def in_words(self, commands: list[Command]) -> Iterator[str]:
+        mine: list[Command] = []
+        for command in commands:
+            if not isinstance(command, TellNode):
+                mine.append(command)
+                continue
+            yield from super().in_words(mine)
+            mine = []
+            other = self.members.get(-command.client)
+            said = ", ".join(f"{type(event).__name__} {self.said(event)}".rstrip() for event in command.events)
+            yield f"< {self.prefix or 'head/'}to {other.node.label if other is not None else 'the dead'} {said}"
+            if other is not None:
+                other.now = self.now
+                yield from other.hear(command.events)
+        yield from super().in_words(mine)
+
+    def whose(self, command: Any) -> str:
+        return self.prefix + ("net" if isinstance(command, FetchObject) else super().whose(command))
+
+    def command(self, command: Any) -> str:
+        if isinstance(command, FetchObject):
+            source = self.members[-command.client]
+            assert source.node.fetch_for_driver(command.object_id) is not None
+            source.handle(messages.Unpinned(DRIVER, [command.object_id]))
+            label, room = source.node.label, self.answer(command.room)
+            return f"#{command.fetch_no} {self.name(command.object_id)}={size_in_words(command.size)} from {label} into {room}"
+        return super().command(command)
+
+    def stored(self, data: Any, size: int, is_error: bool) -> str:
+        if type(data) is tuple:
+            return f"={size_in_words(size)} on {' and '.join(self.members[place].node.label for place in data)}"
+        return super().stored(data, size, is_error)
+
+    def said(self, event: Any) -> str:
+        """What one node says to another."""
+        if isinstance(event, cluster_messages.TasksGiven):
+            parts = []
+            for spec, template_no, *_ in event.tasks:
+                given = [self.name(one) for one in spec.deps] + [f"[{self.name(one)}]" for one in spec.nested]
+                given += [spec.args.decode()] if spec.args else []
+                parts.append(f"{self.name(spec.task_id)}={self.node.templates[template_no].options.name}({', '.join(given)})")
+            values = self.reported(event.values)
+            return ", ".join(parts) + (f"; values {values}" if values else "")
+        if isinstance(event, messages.TasksFinished):
+            return ", ".join(map(self.ended, event.results))
+        if isinstance(event, messages.FunctionExported):
+            return event.name
+        if isinstance(event, messages.TemplateDefined):
+            return TaskOptions(*event.options).name
+        if isinstance(event, messages.ReferencesChanged):
+            return ", ".join([f"+{self.name(one)}" for one in event.acquired] + [f"-{self.name(one)}" for one in event.released])
+        if isinstance(event, cluster_messages.CopiesChanged):
+            return ", ".join([f"made {self.name(one)}" for one in event.made] + [f"dropped {self.name(one)}" for one in event.dropped])
+        if isinstance(event, cluster_messages.ObjectsReported):
+            return self.reported(event.reports)
+        if isinstance(event, messages.ObjectsAwaited):
+            return self.all_names(event.object_ids)
+        if isinstance(event, messages.ObjectLost):
+            return f'{self.name(event.object_id)} "{event.reason}"'
+        if isinstance(event, (cluster_messages.ActorReleased, cluster_messages.ActorLost)):
+            return self.name(event.actor_id)
+        if isinstance(event, cluster_messages.ActorSaved):
+            return self.reported([event.checkpoint]) if event.checkpoint is not None else event.failure
+        if isinstance(event, cluster_messages.HandlesNamed):
+            return self.all_names(event.actor_ids)
+        if isinstance(event, cluster_messages.Expelled):
+            return ""
+        raise AssertionError(f"transcripts have no words for {event} yet: give it some in {Path(__file__).name}")
+
+    def reported(self, reports: list[Any]) -> str:
+        return ", ".join(self.name(one) + self.stored(data, size, is_error) for one, data, size, is_error, _ in reports)
+
+    def ended(self, result: Any) -> str:
+        task_id, status, payload, *_ = result
+        if status != OK:
+            return f'{self.name(task_id)} raised "{self.text(payload[1])}"'
+        if type(payload) is bytes:
+            return f"{self.name(task_id)} (a replay)"
+        return self.name(task_id) + "".join(self.stored(data, size, False) for data, size, _ in payload)
+
+    def about(self, name: str) -> Iterator[str]:
+        found = re.fullmatch(r"n(\d+)/(.*)", name)
+        if found is not None:
+            yield from self.members[int(found[1])].about(found[2])
+            return
+        yield from super().about(name)
 
 
 def played(text: str, seen: set[type] | None = None) -> str:
@@ -578,6 +742,11 @@ def played(text: str, seen: set[type] | None = None) -> str:
                 options = dict(re.fullmatch(r"(\w+)=?(.*)", one).groups() for one in given)  # type: ignore[union-attr]
                 if what == "node":
                     world = World(**options)  # type: ignore[arg-type]
+                elif what == "head":
+                    world = ClusterWorld(**options)  # type: ignore[arg-type]
+                elif found := re.fullmatch(r"node-(\d+)", what):
+                    assert isinstance(world, ClusterWorld), "the head comes first"
+                    ClusterWorld(int(found[1]), world, **options)  # type: ignore[arg-type]
                 else:
                     assert world is not None, "the node comes first"
                     world.define(what, options)
@@ -609,8 +778,7 @@ def test_every_word_of_the_protocol_is_spoken_in_some_transcript() -> None:
     for path in TRANSCRIPTS:
         with contextlib.suppress(AssertionError):  # That is told by the test above.
             played(path.read_text("utf-8"), seen)
-    of_clusters = (TellNode, FetchObject)  # Told by tests/cluster_simulation.py: one node alone never says them.
-    words = (cls for cls in (*get_args(Event), *get_args(Command)) if cls not in of_clusters)
+    words = (*get_args(Event), *get_args(Command), *ClusterWorld.told)
     unspoken = [cls.__name__ for cls in words if cls not in seen]
     assert not unspoken, f"tell in tests/transcripts what {', '.join(unspoken)} are for"
 

@@ -1,0 +1,579 @@
+"""The decisions of several nodes together, without a process and without time: what one tells another is delivered at once."""
+
+from __future__ import annotations
+
+import pickle
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from minray import ids
+from minray.cluster_messages import Expelled, FetchFailed, NodeDied, NodeJoined, ObjectArrived, TasksGiven
+from minray.cluster_node import HEARTBEAT_S, ROWS_A_NODE, SILENT_NODE_S, ClusterNode
+from minray.messages import (
+    DRIVER, BlockRequested, CheckpointTaken, Command, FetchObject, FunctionExported, ObjectLost, ObjectPut, ObjectsAwaited,
+    ReferencesChanged, Reply, RestoreActor, RunTasks, StartWorker, TasksFinished, TasksSubmitted, TellNode, TemplateDefined, Ticked, Unpinned,
+    WorkerDied, WorkerStarted,
+)  # fmt: skip
+from minray.policy import Policy
+from minray.task_spec import (
+    ACTOR_CREATION, ACTOR_METHOD, ALIVE, FAILED, FINISHED, OK, TASK, UNIT, ActorOptions, TaskOptions, TaskSpec,
+)  # fmt: skip
+
+F = b"f" * 16
+ROOT = ids.root_task_id(b"cluster")
+CPU, GPU = ("CPU", UNIT), ("GPU", UNIT)
+PLAIN, ONCE, ON_GPU, MANY_CPUS, ACTOR, EXACT, CALL, LARGE = range(1, 9)
+TEMPLATES = {
+    PLAIN: TaskOptions(TASK, F, "plain", resources=(CPU,)),
+    ONCE: TaskOptions(TASK, F, "once", resources=(CPU,), max_retries=0),
+    ON_GPU: TaskOptions(TASK, F, "on_gpu", resources=(GPU,)),
+    MANY_CPUS: TaskOptions(TASK, F, "many_cpus", resources=(("CPU", 99 * UNIT),)),
+    ACTOR: TaskOptions(ACTOR_CREATION, F, "A.__init__", resources=(GPU,), max_retries=0),
+    EXACT: TaskOptions(ACTOR_CREATION, F, "E.__init__", resources=(GPU,), max_retries=0, checkpoint_every=2),
+    CALL: TaskOptions(ACTOR_METHOD, b"", "A.call", method="call", max_retries=0),
+    LARGE: TaskOptions(TASK, F, "large", resources=(CPU,)),
+}
+SIZE = 100_000
+
+
+def task_id(number: int, parent: bytes = ROOT) -> bytes:
+    return ids.pack_id(ids.children_prefix(parent), number, 0)
+
+
+T1, T2, T3, T4, T5, T6 = (task_id(number) for number in range(1, 7))
+
+
+class Cluster:
+    """A head (node 1) and others, each with a CPU a worker; workers do what a test says, or what `work` says."""
+
+    def __init__(self, *resources: dict[str, int], policy: Policy | None = None) -> None:
+        self.now = 1000.0
+        self.nodes: dict[int, ClusterNode] = {}
+        self.said: list[tuple[int, Any]] = []  # every event between nodes, and to whom
+        self.commands: list[tuple[int, Command]] = []  # every other command
+        self.answers: dict[int, Any] = {}  # of the driver's requests
+        self.stored: dict[int, int] = {}  # by node: blocks written
+        self.mail: deque[tuple[int, Any]] = deque()
+        self.told: set[tuple[int, int]] = set()
+        self.puts = 0
+        for amounts in resources:
+            self.add(amounts, policy)
+
+    def add(self, amounts: dict[str, int], policy: Policy | None = None) -> int:
+        number = max([0, *self.stored]) + 1
+        self.stored[number] = 0
+        total = {name: amount * UNIT for name, amount in amounts.items()}
+        node = self.nodes[number] = ClusterNode(
+            total, 1 << 20, lambda object_id: f"/{number}/{object_id.hex()}", policy, f"n{number}", node_no=number
+        )
+        for command in node.start_workers(amounts["CPU"]):
+            self.handle(number, WorkerStarted(command.client, 100 + command.client))
+        if number > 1:
+            self.handle(number, NodeJoined(-1, "n1", self.nodes[1].scheduler.total))
+            self.handle(1, NodeJoined(-number, f"n{number}", total))
+        return number
+
+    def handle(self, number: int, event: Any) -> list[Command]:
+        """What the node commands; what it tells others has been heard, and answered, too."""
+        first = len(self.commands)
+        self.mail.append((number, event))
+        while self.mail:
+            to, heard = self.mail.popleft()
+            if to in self.nodes:
+                commands = self.nodes[to].handle(heard, self.now)
+                if to == 1 or -1 in self.nodes[to].neighbours or self.nodes[to]._beat_at is None:
+                    self.nodes[to].check()
+                for command in commands:
+                    self.carry_out(to, command)
+        return [command for at, command in self.commands[first:] if at == number]
+
+    def carry_out(self, number: int, command: Command) -> None:
+        if isinstance(command, TellNode):
+            for event in command.events:
+                self.said.append((-command.client, event))
+                self.mail.append((-command.client, event))
+        elif isinstance(command, FetchObject):
+            if self.nodes[-command.client].fetch_for_driver(command.object_id) is None:
+                self.mail.append((number, FetchFailed(DRIVER, command.fetch_no, "it is not there")))
+            else:
+                self.mail.append((-command.client, Unpinned(DRIVER, [command.object_id])))
+                self.mail.append((number, ObjectArrived(DRIVER, command.fetch_no)))
+        elif isinstance(command, StartWorker):
+            self.mail.append((number, WorkerStarted(command.client, 100 + command.client)))
+        elif isinstance(command, Reply) and command.client == DRIVER:
+            self.answers[command.request_id] = command.answer
+        self.commands.append((number, command))
+
+    # ------------------------------------------------------------ what programs and processes do
+
+    def submit(
+        self, template: int, *task_ids: bytes, at: int = 1, client: int = DRIVER, parent: bytes = ROOT, **fields: Any
+    ) -> None:
+        if (at, client * 100 + template) not in self.told:
+            self.told.add((at, client * 100 + template))
+            self.handle(at, FunctionExported(client, F, b"code", "f", "m", None))
+            self.handle(at, TemplateDefined(client, template, TEMPLATES[template]))
+        self.handle(at, TasksSubmitted(client, parent, [TaskSpec(one, template, **fields) for one in task_ids]))
+
+    def hands(self) -> list[tuple[int, int, bytes, str]]:
+        """What workers have in hand: node, worker, task, name; in the order in which they got it."""
+        return [
+            (number, client, one, task.template.options.name)
+            for number, node in self.nodes.items()
+            for client, worker in node.scheduler.workers.items()
+            for one, task in worker.in_flight.items()
+        ]
+
+    def where(self, one: bytes) -> int:
+        """On which node a worker has it in hand."""
+        (number,) = {number for number, _, task, _ in self.hands() if task == one}
+        return number
+
+    def finish(self, one: bytes, payload: Any = b"value", status: int = OK) -> None:
+        number, client = next((number, client) for number, client, task, _ in self.hands() if task == one)
+        self.now += 0.01
+        if payload == "large":
+            payload = [(self.block(number, client, one), SIZE, ())]
+        self.handle(number, TasksFinished(client, [(one, status, payload, self.now - 0.01, self.now)]))
+
+    def block(self, number: int, client: int, object_id: bytes) -> Any:
+        self.stored[number] += 1
+        replies = self.handle(number, BlockRequested(client, 7, object_id, SIZE))
+        (kind, where, *_) = next(command.answer for command in replies if isinstance(command, Reply))
+        assert kind in ("block", "file")
+        return where
+
+    def work(self) -> None:
+        """Until nobody has anything in hand: every task returns, the ones named large 100 KB."""
+        for _ in range(200):
+            if not (hands := self.hands()):
+                return
+            _, _, one, name = hands[0]
+            self.finish(one, "large" if name == "large" else b"value")
+        raise AssertionError(f"they do not come to an end: {self.hands()}")
+
+    def get(self, *object_ids: bytes) -> list[Any]:
+        """The driver's values; None while one is not there."""
+        request = len(self.answers) + 1000
+        self.handle(1, ObjectsAwaited(DRIVER, request, list(object_ids), len(object_ids), True, False))
+        node = self.nodes[1]
+        return [node.objects[one].data for one in object_ids]
+
+    def error(self, object_id: bytes, at: int = 1) -> BaseException:
+        entry = self.nodes[at].objects[object_id]
+        assert entry.is_error
+        error: BaseException = pickle.loads(entry.data)  # type: ignore[arg-type]
+        return error
+
+    def kill(self, number: int, reason: str = "was killed") -> None:
+        del self.nodes[number]
+        self.handle(1, NodeDied(-number, reason))
+
+    def release(self, *object_ids: bytes) -> None:
+        self.handle(1, ReferencesChanged(DRIVER, [], list(object_ids)))
+
+    def given(self, to: int) -> list[bytes]:
+        return [spec.task_id for at, event in self.said if at == to and isinstance(event, TasksGiven) for spec, *_ in event.tasks]
+
+    def nothing_is_left(self) -> None:
+        for number, node in self.nodes.items():
+            assert not node.objects and not node.lineage.tasks and not node.actors.actors, f"node {number} keeps something"
+            assert node.scheduler.available == node.scheduler.total
+            for neighbour in node.neighbours.values():
+                assert not neighbour.held and not neighbour.in_flight and not neighbour.owed and not neighbour.awaits
+
+
+# ---------------------------------------------------------------- where a task runs
+
+
+def test_the_head_runs_what_fits_and_gives_the_rest_to_whoever_has_room() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 2}, {"CPU": 1})
+    cluster.submit(PLAIN, T1, T2, T3, T4)
+    assert sorted(number for number, *_ in cluster.hands()) == [1, 2, 2, 3]
+    cluster.work()
+    assert cluster.get(T1, T2, T3, T4) == [b"value"] * 4
+    cluster.release(T1, T2, T3, T4)
+    cluster.nothing_is_left()
+
+
+def test_a_node_keeps_what_its_own_tasks_submit() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 2})
+    cluster.submit(PLAIN, T1, T2)
+    parent = T2 if cluster.where(T2) == 2 else T1
+    said = len(cluster.said)
+    children = [task_id(number, parent) for number in range(1, 4)]
+    cluster.submit(PLAIN, *children, at=2, client=1, parent=parent)
+    assert len(cluster.said) == said, "bottom-up: nobody else was asked"
+    assert {cluster.where(child) for child in children if any(child == one for _, _, one, _ in cluster.hands())} == {2}
+
+
+class KeepsNothing(Policy):
+    def keeps(self, waiting: int, mean_s: float | None, slots: int) -> bool:
+        return False
+
+
+def test_what_a_node_does_not_keep_goes_up_and_its_result_comes_back() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 1}, {"CPU": 1}, policy=KeepsNothing())
+    cluster.submit(PLAIN, T1, T2, T3)
+    parent = next(one for number, _, one, _ in cluster.hands() if number == 2)
+    cluster.finish(next(one for number, _, one, _ in cluster.hands() if number == 3))
+    child = task_id(1, parent)
+    cluster.submit(PLAIN, child, at=2, client=1, parent=parent)
+    assert cluster.given(1) == [child] and cluster.where(child) == 3
+    cluster.finish(child, b"of the child")
+    assert cluster.nodes[2].objects[child].data == b"of the child"
+
+
+@pytest.mark.parametrize("submitted_at", [1, 2])
+def test_what_needs_a_resource_goes_where_it_is(submitted_at: int) -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 1}, {"CPU": 1, "GPU": 1})
+    if submitted_at == 1:
+        cluster.submit(ON_GPU, T1)
+        child = T1
+    else:
+        cluster.submit(PLAIN, T1, T2)
+        parent = next(one for number, _, one, _ in cluster.hands() if number == 2)
+        child = task_id(1, parent)
+        cluster.submit(ON_GPU, child, at=2, client=1, parent=parent)
+    assert cluster.where(child) == 3
+    cluster.finish(child)
+    assert cluster.nodes[submitted_at].objects[child].data == b"value"
+
+
+def test_what_no_node_can_run_is_an_error_and_was_not_run() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 1})
+    cluster.submit(MANY_CPUS, T1)
+    assert "99 CPU" in str(cluster.error(T1))
+
+
+def test_a_task_goes_where_its_large_argument_lies_unless_others_would_start_it_sooner() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 1}, {"CPU": 1})
+    cluster.submit(PLAIN, T1)  # Keeps the head busy.
+    cluster.submit(LARGE, T2)
+    place = cluster.where(T2)
+    assert place != 1
+    cluster.finish(T2, "large")
+    cluster.submit(PLAIN, T3, deps=(T2,))
+    assert cluster.where(T3) == place
+    cluster.submit(PLAIN, T4, deps=(T2,))  # There it would wait: moving 100 KB takes less.
+    assert cluster.where(T4) not in (place,)
+    assert [type(command) for _, command in cluster.commands].count(FetchObject) == 1
+
+
+# ---------------------------------------------------------------- where objects lie
+
+
+def a_large_result_elsewhere() -> Cluster:
+    """T2 has made one on node 2; T1 keeps the head's only worker busy."""
+    cluster = Cluster({"CPU": 1}, {"CPU": 1})
+    cluster.submit(PLAIN, T1)
+    cluster.submit(LARGE, T2)
+    assert cluster.where(T2) == 2
+    cluster.finish(T2, "large")
+    return cluster
+
+
+def test_a_large_result_stays_where_it_was_made_until_somebody_reads_it_elsewhere() -> None:
+    cluster = a_large_result_elsewhere()
+    entry = cluster.nodes[1].objects[T2]
+    assert entry.data is None and entry.away is not None and entry.away.places == [2]
+    (data,) = cluster.get(T2)
+    assert type(data) is int and cluster.nodes[2].objects[T2].data is not None, "now both have it"
+    cluster.get(T2)
+    assert [type(command) for _, command in cluster.commands].count(FetchObject) == 1
+    cluster.finish(T1)
+    cluster.release(T1, T2)
+    cluster.nothing_is_left()
+
+
+def test_a_value_that_is_freed_where_it_was_submitted_is_freed_where_it_lies() -> None:
+    cluster = a_large_result_elsewhere()
+    assert cluster.nodes[2].lineage.arena.blocks
+    cluster.release(T2)
+    assert T2 not in cluster.nodes[2].objects
+
+
+def test_a_copy_that_is_dropped_is_read_from_where_another_is() -> None:
+    cluster = a_large_result_elsewhere()
+    cluster.get(T2)
+    cluster.handle(1, ObjectLost(DRIVER, T2, None, "a test dropped it"))
+    entry = cluster.nodes[1].objects[T2]
+    assert entry.data is None and entry.away is not None and entry.away.places == [2]
+    assert type(cluster.get(T2)[0]) is int
+    assert T2 not in [one for _, _, one, _ in cluster.hands()], "nothing was run for that"
+
+
+def test_a_result_that_is_lost_where_it_lies_is_made_again() -> None:
+    cluster = a_large_result_elsewhere()
+    cluster.handle(2, ObjectLost(DRIVER, T2, None, "a test dropped it"))
+    assert cluster.get(T2) == [None]
+    assert cluster.where(T2) in (1, 2)
+    cluster.work()
+    assert type(cluster.get(T2)[0]) is int
+
+
+# ---------------------------------------------------------------- nodes die
+
+
+def test_tasks_of_a_node_that_died_run_again_elsewhere_and_lose_an_attempt() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 1})
+    cluster.submit(PLAIN, T1, T2)
+    lost = T1 if cluster.where(T1) == 2 else T2
+    before = cluster.nodes[1].lineage.tasks[lost].retries_left
+    cluster.kill(2)
+    assert cluster.nodes[1].lineage.tasks[lost].retries_left == before - 1
+    cluster.work()
+    assert cluster.get(T1, T2) == [b"value", b"value"]
+
+
+def test_a_task_without_retries_fails_with_the_node_that_had_it() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 1})
+    cluster.submit(ONCE, T1, T2)
+    lost = T1 if cluster.where(T1) == 2 else T2
+    cluster.kill(2, "was unplugged")
+    error = cluster.error(lost)
+    assert type(error).__name__ == "NodeDiedError" and "node n2 was unplugged" in str(error) and "max_retries" in str(error)
+
+
+def test_a_chain_of_results_that_was_lost_with_its_node_is_made_again_from_its_lineage() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 1})
+    cluster.submit(PLAIN, T1)  # Keeps the head busy, so all of the chain is made on node 2.
+    cluster.submit(LARGE, T2)
+    cluster.finish(T2, "large")
+    for one, dep in ((T3, T2), (T4, T3)):
+        cluster.submit(LARGE, one, deps=(dep,))
+        assert cluster.where(one) == 2
+        cluster.finish(one, "large")
+    cluster.release(T2, T3)
+    cluster.kill(2)
+    assert cluster.get(T4) == [None]
+    replayed = []
+    for _ in range(6):
+        hands = [(number, one) for number, _, one, _ in cluster.hands() if one != T1]
+        if not hands:
+            break
+        replayed.append(hands[0][1])
+        cluster.finish(hands[0][1], "large")
+    assert replayed == [T2, T3, T4], "each once, from the first that is needed"
+    assert type(cluster.get(T4)[0]) is int
+
+
+def test_what_a_worker_had_put_on_a_node_that_died_is_an_error_that_says_so() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 1})
+    cluster.submit(ONCE, T1, T2)
+    parent = T1 if cluster.where(T1) == 2 else T2
+    put = ids.put_id(parent, 1)
+    cluster.handle(2, ObjectPut(1, put, (cluster.block(2, 1, put), SIZE, ())))
+    cluster.finish(parent, [(b"names it", 8, (put,))])
+    assert cluster.nodes[1].objects[put].away is not None
+    cluster.kill(2)
+    cluster.work()
+    cluster.get(put)
+    cluster.work()
+    assert type(cluster.error(put)).__name__ in ("ObjectLostError", "ObjectReconstructionFailedError", "OwnerDiedError")
+
+
+def test_a_put_comes_back_when_the_task_that_told_of_it_runs_again() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 1})
+    cluster.submit(PLAIN, T1, T2)
+    parent = T1 if cluster.where(T1) == 2 else T2
+    put = ids.put_id(parent, 1)
+    cluster.handle(2, ObjectPut(1, put, (cluster.block(2, 1, put), SIZE, ())))
+    cluster.finish(parent, [(b"names it", 8, (put,))])
+    cluster.kill(2)
+    cluster.finish(T2 if parent == T1 else T1)
+    assert cluster.get(put) == [None] and cluster.where(parent) == 1
+    cluster.handle(1, ObjectPut(1, put, (cluster.block(1, 1, put), SIZE, ())))
+    cluster.finish(parent, [(b"names it", 8, (put,))])
+    assert type(cluster.get(put)[0]) is int
+
+
+def test_a_silent_node_is_declared_dead_at_its_deadline_and_what_it_says_later_is_not_heard() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 1})
+    cluster.submit(PLAIN, T1, T2)
+    lost = T1 if cluster.where(T1) == 2 else T2
+    heard_s = cluster.nodes[1].neighbours[-2].heard_s
+    ticks = 0
+    while -2 in cluster.nodes[1].neighbours:
+        cluster.now = cluster.nodes[1].wake_at  # type: ignore[assignment]
+        cluster.handle(1, Ticked(DRIVER))
+        ticks += 1
+        assert ticks < 1000, "a deadline that is never reached"
+    assert heard_s + SILENT_NODE_S <= cluster.now <= heard_s + SILENT_NODE_S + 2 * HEARTBEAT_S
+    first = len(cluster.said)
+    cluster.handle(2, TasksFinished(1, [(lost, OK, b"late", cluster.now - 0.01, cluster.now)]))
+    assert (2, Expelled(-1)) in cluster.said[first:]
+    assert -1 not in cluster.nodes[2].neighbours, "it ends"
+    assert cluster.nodes[1].objects[lost].data is None, "its result does not count"
+
+
+# ---------------------------------------------------------------- actors
+
+
+def an_actor(cluster: Cluster, template: int = ACTOR, restarts: int = 1) -> None:
+    """T1, on the node that has a GPU."""
+    cluster.submit(template, T1, actor=ActorOptions("A", max_restarts=restarts))
+    assert cluster.where(T1) != 1
+    cluster.finish(T1)
+    assert cluster.nodes[1].actors.actors[T1].state == ALIVE
+
+
+def test_an_actor_lives_where_its_resources_are_and_its_calls_keep_their_order() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 1, "GPU": 1})
+    an_actor(cluster)
+    cluster.submit(CALL, T2, T3, T4, actor_id=T1)
+    assert [one for number, _, one, _ in cluster.hands() if number == 2] == [T2, T3, T4]
+    cluster.work()
+    assert cluster.get(T2, T3, T4) == [b"value"] * 3
+    cluster.release(T2, T3, T4, T1)
+    cluster.work()
+    cluster.handle(2, WorkerDied(next(iter(cluster.nodes[2]._leaving), 1), "exited", None))
+    assert not cluster.nodes[2].actors.actors and not cluster.nodes[1].actors.actors
+
+
+def test_an_actor_whose_node_died_lives_again_on_another_and_what_waited_is_executed_there() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 1})
+    an_actor(cluster)
+    first = next(number for number in (2, 3) if cluster.nodes[number].actors.actors)
+    cluster.submit(CALL, T2, actor_id=T1)
+    cluster.kill(first)
+    other = 5 - first
+    assert type(cluster.error(T2)).__name__ == "ActorUnavailableError", "it may have run, and max_task_retries is 0"
+    cluster.submit(CALL, T3, T4, actor_id=T1)
+    assert cluster.where(T1) == other
+    cluster.finish(T1)
+    assert [one for number, _, one, _ in cluster.hands() if number == other] == [T3, T4]
+    cluster.work()
+    assert cluster.get(T3, T4) == [b"value", b"value"]
+
+
+def test_an_actor_without_restarts_dies_with_its_node() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 1})
+    an_actor(cluster, restarts=0)
+    cluster.kill(next(number for number in (2, 3) if cluster.nodes[number].actors.actors))
+    cluster.submit(CALL, T2, actor_id=T1)
+    assert type(cluster.error(T2)).__name__ == "ActorDiedError" and "was lost with node" in str(cluster.error(T2))
+
+
+def test_an_exact_actor_is_made_again_elsewhere_from_its_checkpoint_and_the_calls_since() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 1})
+    an_actor(cluster, EXACT, restarts=-1)
+    first = next(number for number in (2, 3) if cluster.nodes[number].actors.actors)
+    worker = next(client for client, record in cluster.nodes[first].scheduler.workers.items() if record.actor is not None)
+    cluster.submit(CALL, T2, T3, T4, T5, actor_id=T1)
+    cluster.finish(T2)
+    cluster.finish(T3)
+    checkpoint = ids.checkpoint_id(T1, 1)
+    block = cluster.block(first, worker, checkpoint)
+    cluster.handle(first, CheckpointTaken(worker, checkpoint, (block, SIZE, ()), True))
+    recovery = cluster.nodes[1].actors.actors[T1].recovery
+    assert recovery is not None and recovery.checkpoint == checkpoint, "it counts: the home has a copy"
+    cluster.finish(T4)
+    assert [call.spec.task_id for call in recovery.log] == [T4]
+    cluster.kill(first)
+    other, begins = 5 - first, len(cluster.commands)
+    cluster.finish(T1)
+    restored = [command for at, command in cluster.commands if at == other and isinstance(command, RestoreActor)]
+    assert len(restored) == 1 and restored[0].checkpoint[3] == checkpoint
+    sent = [task[0] for at, c in cluster.commands[begins:] if at == other and isinstance(c, RunTasks) for task in c.tasks]
+    while len(hands := [one for number, _, one, _ in cluster.hands() if number == other]):
+        sent += [one for one in hands if one not in sent]
+        cluster.finish(hands[0], b"again")
+        now = [one for number, _, one, _ in cluster.hands() if number == other]
+        sent += [one for one in now if one not in sent]
+    assert [one for one in sent if one != T1] == [T4, T5], "the log, then what it had in hand; nothing that is in the checkpoint"
+    assert cluster.get(T2, T3, T4, T5) == [b"value", b"value", b"value", b"again"], "replies are not sent twice"
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_each_node_records_its_own_under_numbers_of_its_own() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 1, "GPU": 1})
+    an_actor(cluster)
+    cluster.submit(PLAIN, T2, T3)
+    parent = next(one for number, _, one, name in cluster.hands() if number == 2 and name == "plain")
+    worker = next(client for number, client, one, _ in cluster.hands() if one == parent)
+    cluster.submit(PLAIN, task_id(1, parent), at=2, client=worker, parent=parent)
+    cluster.work()
+    head, other = (cluster.nodes[number].take_rows(cluster.now) for number in (1, 2))
+    assert {row[1] for row in head["tasks"]} == {T1, T2, T3}
+    assert [row[1] for row in head["actors"]] == [T1] and "actors" not in other, "an actor's row is its home's"
+    assert [row[1] for row in other["tasks"]] == [task_id(1, parent)], "a task's is its giver's"
+    for table in ("tasks", "events"):
+        assert all(row[0] > ROWS_A_NODE for row in other.get(table, ()))
+
+
+# ---------------------------------------------------------------- whenever a node dies
+
+
+def a_program(cluster: Cluster) -> tuple[list[bytes], list[bytes]]:
+    """Tasks, a chain of large values, a parent with children, an actor with calls.  The small results, and the large ones."""
+    cluster.submit(PLAIN, T1, T2)
+    cluster.submit(LARGE, T3)
+    cluster.submit(LARGE, T4, deps=(T3,))
+    cluster.submit(PLAIN, T5, deps=(T4, T1))
+    actor = task_id(10)
+    cluster.submit(ACTOR, actor, actor=ActorOptions("A", max_restarts=-1))
+    calls = [task_id(number) for number in (11, 12, 13)]
+    cluster.submit(CALL, *calls, actor_id=actor)
+    return [T1, T2, T5, *calls], [T3, T4]
+
+
+def step(cluster: Cluster) -> bool:
+    """The first task in anybody's hand ends.  False: there is none."""
+    hands = cluster.hands()
+    if hands:
+        _, _, one, name = hands[0]
+        cluster.finish(one, "large" if name == "large" else b"value")
+    return bool(hands)
+
+
+@pytest.mark.parametrize("victim", [2, 3])
+def test_at_whichever_step_a_node_dies_everything_comes_to_its_end(victim: int) -> None:
+    steps = 0
+    while True:
+        cluster = Cluster({"CPU": 1}, {"CPU": 1, "GPU": 1}, {"CPU": 2, "GPU": 1})
+        small, large = a_program(cluster)
+        going = all(step(cluster) for _ in range(steps))
+        cluster.kill(victim)
+        cluster.get(*large)
+        for _ in range(100):
+            if not step(cluster):
+                break
+        values = cluster.get(*small)
+        calls = small[3:]
+        for one, value in zip(small, values):
+            if value != b"value":
+                assert one in calls and type(cluster.error(one)).__name__ == "ActorUnavailableError", f"after {steps} steps"
+        assert all(type(value) in (int, str) for value in cluster.get(*large)), f"after {steps} steps"
+        if not going:
+            break
+        steps += 1
+    assert steps >= 9
+
+
+LATE: list[Callable[[Cluster], None]] = [
+    lambda cluster: cluster.submit(PLAIN, T6),
+    lambda cluster: cluster.release(T1),
+    lambda cluster: cluster.handle(1, Ticked(DRIVER)) and None,
+]
+
+
+@pytest.mark.parametrize("late", range(len(LATE)))
+def test_a_node_that_was_expelled_says_what_it_likes_and_changes_nothing(late: int) -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 1})
+    cluster.submit(PLAIN, T1, T2)
+    ghost = cluster.nodes[2]
+    (lost,) = [one for number, _, one, _ in cluster.hands() if number == 2]
+    cluster.kill(2)
+    LATE[late](cluster)
+    before = {one: task.state for one, task in cluster.nodes[1].lineage.tasks.items()}
+    for command in ghost.handle(TasksFinished(1, [(lost, OK, b"late", 0.0, 0.0)]), cluster.now):
+        for event in command.events if isinstance(command, TellNode) else ():
+            assert [type(answer) for answer in cluster.nodes[1].handle(event, cluster.now)] == [TellNode]
+    assert before == {one: task.state for one, task in cluster.nodes[1].lineage.tasks.items()}
+    assert all(state != FAILED for state in before.values()) and FINISHED not in before.values()
