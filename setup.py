@@ -28,6 +28,13 @@ def readme() -> str:
 
 
 EXAMPLES = ["gymnasium>=1.0", "matplotlib>=3.7", "scikit-learn>=1.3"]
+OUTSIDE = [  # Libraries that use Ray and do without it unless asked; more of them: tests/test_outside.py.
+    "econml>=0.15",
+    "modin>=0.32",
+    "pymoo>=0.6.1.5",
+    "sf-hamilton>=1.80",
+    "sktime>=0.30",
+]
 TEST = [
     "dask>=2024.12",
     "hypothesis>=6.90",
@@ -49,7 +56,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["minray", "minray.*"]),
-    package_data={"minray": ["py.typed", "schema.sql"]},
+    py_modules=["minray_pytest"],
+    package_data={"minray": ["py.typed", "schema.sql", "as_ray/path/*/*"]},
     python_requires=">=3.10",
     install_requires=[
         "cloudpickle>=3.0",  # the first to pickle by value what Python 3.12 and 3.13 compile
@@ -58,8 +66,11 @@ setup(
         "sqlite-utils>=3.35",
         "tqdm>=4.64",
     ],
-    extras_require={"examples": EXAMPLES, "test": TEST},
-    entry_points={"console_scripts": ["minray=minray.command:main"]},
+    extras_require={"examples": EXAMPLES, "outside": OUTSIDE, "test": TEST},
+    entry_points={
+        "console_scripts": ["minray=minray.command:main"],
+        "pytest11": ["minray_pytest=minray_pytest"],  # one name, so that `-p minray_pytest` is the same plugin
+    },
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Developers",

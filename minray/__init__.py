@@ -30,6 +30,9 @@ from minray.progress import progress
 __version__ = "0.1.0"
 
 ObjectID = ObjectRef
+_TYPES = (
+    "ActorClassID", "ActorID", "FunctionID", "JobID", "NodeID", "PlacementGroupID", "TaskID", "UniqueID", "WorkerID",
+)  # fmt: skip
 
 __all__ = [
     "ActorClass",
@@ -72,13 +75,20 @@ def __getattr__(name: str) -> object:
         from minray.story import timeline
 
         return timeline
-    if name in ("dag", "experimental", "job_config", "runtime_env", "state", "testing", "util", "cloudpickle"):
+    if name in _TYPES:
+        from minray import types
+
+        return getattr(types, name)
+    if name in (
+        "cluster_utils", "dag", "experimental", "job_config", "runtime_env", "state", "testing", "types", "util",
+        "cloudpickle",
+    ):  # fmt: skip
         import importlib
 
         return importlib.import_module("cloudpickle" if name == "cloudpickle" else f"minray.{name}")
     if name in ("air", "data", "rllib", "serve", "train", "tune", "workflow"):
         raise AttributeError(f"minray.{name}: minray is Ray Core's part of Ray; Ray's libraries are out of its scope")
-    if name in ("cluster_utils", "cross_language"):
+    if name == "cross_language":
         raise AttributeError(f"minray.{name} is not there yet (docs/compatibility.md says what is)")
     raise AttributeError(f"module 'minray' has no attribute {name!r}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from minray import api, options
@@ -19,6 +20,7 @@ from minray.messages import ActorLookedUp, CallsCounted
 from minray.object_ref import ObjectRef, restore
 from minray.serialization import deserialize, serialize, to_bytes
 from minray.task_spec import ACTOR_CREATION, ACTOR_METHOD, ActorOptions, TaskOptions
+from minray.types import ActorID
 
 _METHOD_OPTIONS = "__minray_method_options__"
 _BUILT_IN = ("__ray_ready__", "__ray_call__", "__ray_terminate__")
@@ -156,6 +158,11 @@ class ActorClass:
     def __minray_counts__(self) -> Any:
         return (self._class,)  # For code_digest.py: options change no result.
 
+    @property
+    def __ray_metadata__(self) -> Any:
+        """The plain class, where programs look for it in Ray: ``A.__ray_metadata__.modified_class``."""
+        return SimpleNamespace(modified_class=self._class, class_name=self.__name__)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"{self.__name__} is an actor class: make one with {self.__name__}.remote(...).")
 
@@ -168,8 +175,7 @@ class ActorClass:
 
     def options(self, **given: Any) -> ActorClass:
         """The same class with other options."""
-        checked = options.check(given, options.ACTOR, "options")
-        return ActorClass(self._class, {**self._options, **checked}, self._methods)
+        return ActorClass(self._class, options.check(given, options.ACTOR, "options", self._options), self._methods)
 
     def _remote(self, args: Any = (), kwargs: Any = None, **given: Any) -> ActorHandle:
         return self.options(**given).remote(*(args or ()), **(kwargs or {}))
@@ -229,14 +235,15 @@ class ActorClass:
         given = self._options
         for name, method_options in self._methods.items():
             self._interface.check_group(name, method_options)
+        # An actor holds what it asks for as long as it lives; without a word, nothing,
+        # so that a dozen actors fit on two CPUs.
+        resources = options.resources_of(given, default_cpus=0)
         self._template_no = core.template(
             TaskOptions(
                 kind=ACTOR_CREATION,
                 function_id=core.export(self._class),
                 name=f"{self._class.__name__}.__init__",
-                # An actor holds what it asks for as long as it lives; without a word, nothing,
-                # so that a dozen actors fit on two CPUs.
-                resources=options.resources_of(given, default_cpus=0),
+                resources=resources,
                 max_retries=0,
                 max_concurrency=given.get("max_concurrency", ASYNC_CONCURRENCY if self._is_async else 1),
                 checkpoint_every=given.get("checkpoint_every", 0),
@@ -245,6 +252,8 @@ class ActorClass:
                 is_async=self._is_async,
                 concurrency_groups=tuple(given.get("concurrency_groups", {}).items()),
                 runtime_env=core.environment_of(given.get("runtime_env")),
+                placement=options.placement_of(given, resources, core.captured, self.__name__),
+                labels=options.labels_of(given),
             )
         )
         self._known_to = core.token
@@ -350,8 +359,8 @@ class ActorHandle:
         self._minray_calls = 0  # at least as many as are pending, if there is a limit to them
 
     @property
-    def _actor_id(self) -> bytes:
-        return self._minray_id
+    def _actor_id(self) -> ActorID:
+        return ActorID(self._minray_id)
 
     _ray_actor_id = _actor_id
 
@@ -378,7 +387,7 @@ class ActorHandle:
         self._minray_calls += 1
 
     def __dir__(self) -> list[str]:
-        return [*self._minray_interface.methods, *object.__dir__(self)]
+        return list(self._minray_interface.methods)  # Wrappers of handles look here what can be called.
 
     def __repr__(self) -> str:
         return f"Actor({self._minray_interface.class_name}, {self._minray_id.hex()})"

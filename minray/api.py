@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
-from minray import options
+from minray import exceptions, options
 from minray.core_worker import CoreWorker
 from minray.generator import ObjectRefGenerator
 from minray.interrupts import raise_deferred
@@ -32,9 +32,13 @@ _init_lock = threading.RLock()
 def core() -> CoreWorker:
     """This process's part of the session; starts one if there is none."""
     if _core is None:
+        _address(None)
         _start({})
         assert _core is not None
     return _core
+
+
+_core_of_this_process = core
 
 
 def set_core(new: CoreWorker | None) -> None:
@@ -42,11 +46,37 @@ def set_core(new: CoreWorker | None) -> None:
     _core = new
 
 
+def set_core_lookup(lookup: Callable[[], CoreWorker] | None) -> None:
+    """In local mode (local.py) each thread has its own part of the session; None: the process has one."""
+    global core
+    core = lookup or _core_of_this_process
+
+
 class Context(Mapping[str, Any]):
     """What `init` returns: a mapping with what there is to know, and a context manager that ends the session."""
 
+    dashboard_url = None
+    """There is no dashboard."""
+
     def __init__(self, facts: dict[str, Any]) -> None:
         self.address_info = facts
+
+    @property
+    def python_version(self) -> str:
+        return sys.version.split()[0]
+
+    @property
+    def ray_version(self) -> str:
+        """The version of Ray whose documentation minray follows."""
+        from minray.as_ray import VERSION
+
+        return VERSION
+
+    @property
+    def ray_commit(self) -> str:
+        from minray import __version__
+
+        return f"minray {__version__}"
 
     def __getitem__(self, key: str) -> Any:
         return self.address_info[key]
@@ -90,12 +120,10 @@ _ACCEPTED = {
 _OWN = (
     "address", "num_cpus", "num_gpus", "resources", "object_store_memory", "namespace", "log_to_driver",
     "ignore_reinit_error", "history", "policy", "job", "storage", "runtime_env",
-    "job_config", "_memory", "_temp_dir",
+    "job_config", "labels", "local_mode", "_memory", "_temp_dir",
 )  # fmt: skip
-_REFUSED = {
-    "local_mode": "local mode is not supported yet; a real session starts in milliseconds",
-    "labels": "nodes have no labels yet; declare resources={'name': 1} instead",
-}
+_NODE_RESOURCES = {"ray": {"node:127.0.0.1": 1.0, "node:__internal_head__": 1.0}}
+"""By these programs that were written for Ray bind a task to a node; under `minray.as_ray` they are there."""
 
 
 def init(
@@ -114,6 +142,8 @@ def init(
     storage: str | os.PathLike[str] | None = None,
     runtime_env: Mapping[str, Any] | None = None,
     job_config: JobConfig | Mapping[str, Any] | None = None,
+    labels: Mapping[str, str] | None = None,
+    local_mode: bool = False,
     **more: Any,
 ) -> Context:
     """Start a session: this process becomes its driver.
@@ -121,7 +151,8 @@ def init(
     Needed only to say something about it; the first call of anything else starts one as well.
 
     Args:
-        address: None or "local"; anything else is a ConnectionError (a cluster is not supported yet).
+        address: None or "local" start a session; the address of a `minray.cluster_utils.Cluster`, or "auto" for the
+            newest, starts it with the Cluster's resources; anything else is a ConnectionError.
         num_cpus: CPUs to schedule on; default: what affinity and cgroups allow this process.
         num_gpus: GPUs to schedule on (they need not exist); default: those in CUDA_VISIBLE_DEVICES, else 0.
         resources: amounts of resources of your own, by name.
@@ -137,10 +168,13 @@ def init(
             `minray.runtime_env.RuntimeEnv`.
         job_config: a `minray.job_config.JobConfig`; options that are given here count more.
         _temp_dir: where this session's directory is made, instead of $MINRAY_HOME.
+        labels: of this node, for label_selector= and NodeLabelSchedulingStrategy.
+        local_mode: everything in this process, one thing at a time: for unit tests and debuggers (see the guide).
         more: options of Ray that have nothing to act on here are accepted (include_dashboard, logging_level, …).
 
     Returns:
-        A mapping with "address", "node_id", "session_dir"; also a context manager that calls `shutdown`.
+        A mapping with "address", "node_id", "session_dir", "node_ip_address"; also a context manager that calls
+        `shutdown`.
 
     Raises:
         RuntimeError: there is a session already, or this is a worker, or another driver runs this job.
@@ -153,24 +187,36 @@ def init(
     2.0
     """
     _check_init_options(more)
-    if address not in (None, "local"):
-        raise ConnectionError(
-            f"init(address={address!r}): there is no cluster to connect to. Leave address out to start a session here."
-        )
+    cluster = None
+    if _core is None and (address := _address(address)) not in (None, "local"):
+        from minray import cluster_utils
+
+        cluster = cluster_utils.find(address)
+        if (num_cpus, num_gpus, resources, object_store_memory) != (None,) * 4:
+            raise ValueError(
+                f"init(address={address!r}): the nodes of a Cluster say what they have. Leave out num_cpus, num_gpus, "
+                "resources and object_store_memory here, and give them to add_node()."
+            )
     _check_kinds(namespace, log_to_driver, policy)
+    _check_labels(labels)
     if job is None and storage is not None:
         raise ValueError("init(storage=...) keeps the results of a durable job, so it needs init(job=...): its name.")
+    if local_mode and job is not None:
+        raise ValueError("init(local_mode=True, job=...): a session in one process keeps no job's results.")
     given = {
         "num_cpus": num_cpus, "num_gpus": num_gpus, "resources": resources, "object_store_memory": object_store_memory,
         "namespace": namespace, "log_to_driver": log_to_driver, "history": history, "policy": policy,
         "memory": more.get("_memory"), "job": (job, storage) if job is not None else None,
         "root": _root(more.get("_temp_dir")),
+        "labels": labels,
+        "local_mode": local_mode,
+        **(cluster.options() if cluster is not None else {}),
     }  # fmt: skip
     _add_job(given, runtime_env, job_config)
     with _init_lock:
         if _core is not None:
             if not ignore_reinit_error:
-                where = "this is a worker of a session" if _core.client else "a session is running in this process"
+                where = "this is a worker of a session" if core().client else "a session is running in this process"
                 raise RuntimeError(
                     f"minray.init() was called, but {where} already. It was not changed. Call minray.shutdown() first "
                     "(in the driver), leave init() out, or pass ignore_reinit_error=True to go on with that session."
@@ -182,15 +228,31 @@ def init(
                     "not changed. Call minray.shutdown() first."
                 )
             return _context(_core)
-        return _start(given, announce=True)
+        context = _start(given, announce=True)
+        if cluster is not None:
+            cluster.connected = True
+        return context
+
+
+def _address(given: Any) -> str | None:
+    """Where Ray would connect to: it looks into RAY_ADDRESS, too, which means nothing to a program of minray's own.
+
+    Not asked while a session is running: init(address="auto", ignore_reinit_error=True) in a task is that session."""
+    if given is not None and not isinstance(given, str):
+        raise ValueError(f"init(address=...) must be a string, got {given!r}.")
+    if given is None and exceptions.name_prefix == "ray":
+        given = os.environ.get("RAY_ADDRESS") or None
+        if given is not None and given != "local":
+            raise ConnectionError(
+                f"RAY_ADDRESS={given} asks for a cluster, and minray has none to connect to. Unset it, or say "
+                'ray.init(address="local"), to start a session here.'
+            )
+    return given or None
 
 
 def _check_init_options(more: Mapping[str, Any]) -> None:
     for name, value in more.items():
-        if name in _REFUSED:
-            if value:
-                raise NotImplementedError(f"init({name}=...): {_REFUSED[name]}.")
-        elif name in _ACCEPTED:
+        if name in _ACCEPTED:
             if value and name in ("include_dashboard", "_system_config"):
                 print(f"minray: init({name}=...) has no effect: {_ACCEPTED[name]}.", file=sys.stderr)
         elif name not in _OWN:
@@ -205,9 +267,14 @@ def _start(given: Mapping[str, Any], announce: bool = False) -> Context:
 
     with _init_lock:
         if _core is None:
+            if given.get("local_mode"):
+                from minray.local import start
+
+                _core = start(given, _resources, _store_bytes(given))
+                return _context(_core)
             memory = given.get("memory") or machine.total_memory_bytes() * 7 // 10
             _core = Driver(  # If Ctrl-C was pressed meanwhile, that is felt below: there is a session by then.
-                resources=_resources(given, memory),
+                resources={**_resources(given, memory), **_NODE_RESOURCES.get(exceptions.name_prefix, {})},
                 object_store_memory=_store_bytes(given),
                 namespace=given.get("namespace") or f"anonymous-{os.urandom(4).hex()}",
                 log_to_driver=given.get("log_to_driver", True),
@@ -219,6 +286,7 @@ def _start(given: Mapping[str, Any], announce: bool = False) -> Context:
                 root=given.get("root"),
                 default_lifetime=given.get("default_lifetime"),
                 search_path=given.get("search_path", ()),
+                labels=given.get("labels"),
             )
             if given.get("runtime_env"):
                 _enter(_core, given["runtime_env"])
@@ -325,6 +393,18 @@ def _check_kinds(namespace: Any, log_to_driver: Any, policy: Any) -> None:
         raise ValueError(f"init(policy=...) must be a minray.policy.Policy, got {policy!r}.")
 
 
+def _check_labels(labels: Any) -> None:
+    if labels is None:
+        return
+    if not isinstance(labels, Mapping):
+        raise ValueError(f"init(labels=...) must be a dict of names and values, got {labels!r}.")
+    for name, value in labels.items():
+        if not isinstance(name, str) or not isinstance(value, str) or not name:
+            raise ValueError(f"init(labels={{{name!r}: {value!r}}}): names and values of labels are strings.")
+        if name.startswith("ray.io/"):
+            raise ValueError(f"init(labels={{{name!r}: ...}}): labels that begin with ray.io/ are minray's own.")
+
+
 def _store_bytes(given: Mapping[str, Any]) -> int | None:
     amount: int | None = _amount(given, "object_store_memory", None, whole=True)
     if amount is not None and amount < LEAST_STORE_BYTES:
@@ -334,7 +414,13 @@ def _store_bytes(given: Mapping[str, Any]) -> int | None:
 
 def _context(core: CoreWorker) -> Context:
     path = core.config["session"] if core.client else core.session.path  # type: ignore[attr-defined]
-    return Context({"address": "local", "node_id": core.node_id.hex(), "session_dir": path})
+    facts = {"address": "local", "node_id": core.node_id.hex(), "session_dir": path, "node_ip_address": "127.0.0.1"}
+    return Context(facts)
+
+
+def add_resources(resources: dict[str, float]) -> None:
+    """The node has so much more from now on (a Cluster's add_node); in the driver."""
+    core().add_resources(resources)  # type: ignore[attr-defined]
 
 
 def is_initialized() -> bool:
@@ -349,7 +435,7 @@ def shutdown() -> None:
     """
     global _core
     with _init_lock:
-        if _core is None or _core.client:
+        if _core is None or core().client:
             return
         ending, _core = _core, None
         ending.close()  # type: ignore[attr-defined]
@@ -385,9 +471,10 @@ def remote(*args: Any, **given: Any) -> Any:
     """Make a function's calls tasks, or a class's instances actors.
 
     Options of tasks: num_cpus (default 1), num_gpus, memory, resources, num_returns, name, max_retries (3),
-    retry_exceptions (False), scheduling_strategy, runtime_env, max_calls.  Of actors: num_cpus (default 0), num_gpus,
-    memory, resources, name, namespace, get_if_exists, lifetime, max_concurrency, concurrency_groups, max_restarts,
-    max_task_retries, max_pending_calls, runtime_env.
+    retry_exceptions (False), max_calls.  Of actors: num_cpus (default 0), num_gpus, memory, resources,
+    name, namespace, get_if_exists, lifetime, max_concurrency, concurrency_groups, max_restarts, max_task_retries,
+    max_pending_calls.  Of both: runtime_env, scheduling_strategy, placement_group, label_selector,
+    fallback_strategy, accelerator_type.
 
     >>> @minray.remote(num_cpus=0.5, max_retries=0)
     ... def half(x):
@@ -408,6 +495,8 @@ def _make_remote(target: Any, given: dict[str, Any]) -> Any:
 
     if isinstance(target, type):
         return ActorClass(target, options.check(given, options.ACTOR, "remote"))
+    if isinstance(getattr(target, "__origin__", None), type):  # A[int]: callable, and makes an A.
+        raise TypeError(f"@minray.remote goes on the class itself, {target.__origin__.__name__}, not on {target!r}.")
     if not callable(target):
         raise TypeError(f"@minray.remote goes on a function or a class, got {target!r}.")
     if isinstance(target, (RemoteFunction, ActorClass)):
@@ -436,8 +525,11 @@ def get(refs: Any, *, timeout: float | None = None) -> Any:
     return core().get(refs, timeout)
 
 
-def put(value: Any) -> ObjectRef[Any]:
-    """Store a value; tasks that get the ref as an argument share it without copies."""
+def put(value: Any, *, _owner: Any = None) -> ObjectRef[Any]:
+    """Store a value; tasks that get the ref as an argument share it without copies.
+
+    _owner (Ray: an actor, with which the value would be lost) has no effect: values are the session's.
+    """
     return core().put(value)
 
 
@@ -452,10 +544,16 @@ def wait(
     An `ObjectRefGenerator` among them is ready when its next item is there, or when it has come to its end.
     fetch_local has no effect on one machine.
 
+    Raises:
+        TypeError: no list of refs.
+        ValueError: a ref came twice, or there are not so many; a timeout below 0.
+
     >>> ready, rest = minray.wait([minray.put(1), minray.put(2)])
     >>> len(ready), len(rest)
     (1, 1)
     """
+    if timeout is not None and timeout < 0:
+        raise ValueError(f"wait(timeout=...) must be a number of seconds, 0 or more, got {timeout!r}.")
     return core().wait(refs, num_returns, timeout)
 
 
@@ -515,9 +613,12 @@ def nodes() -> list[dict[str, Any]]:
         {
             "NodeID": core().node_id.hex(),
             "Alive": True,
+            "alive": True,
+            "NodeName": "127.0.0.1",
             "NodeManagerHostname": socket.gethostname(),
             "NodeManagerAddress": "127.0.0.1",
             "Resources": _query("resources"),
+            "Labels": _query("labels"),
         }
     ]
 

@@ -13,7 +13,8 @@ Reads only, so it may be asked of a live session too.
 
 What nothing can find: a log whose end is missing in whole transactions (a power cut may take the last
 ones, see `minray.gcs`), and damage to the very last transaction in a log, which looks like a kill in
-the middle of writing it.
+the middle of writing it; and rows that were true once, with their checksums, in place of today's: a free
+page, which keeps what it held, copied over the one page of its small table.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ class DistributedActors(GivenTasks):
     # ------------------------------------------------------------ where an actor shall live
 
     def _actor_submitted(self, task: Task, options: ActorOptions, now: float) -> None:
-        if self.up and task.client >= 0:
-            shape = task.template.shape
+        shape = task.template.shape
+        if self.up and task.client >= 0 and not shape.bound:
             stays = not (options.name or options.detached or options.max_restarts) and self.scheduler.could_lease(shape)
             if not stays:
                 self._handle_will_come(self.objects[task.spec.task_id], self.up)

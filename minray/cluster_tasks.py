@@ -57,7 +57,7 @@ class GivenTasks(SharedObjects):
     def _task_ready(self, task: Task) -> None:
         """Its arguments are available: here, or on other nodes."""
         spec, shape = task.spec, task.template.shape
-        if not self.neighbours or spec.actor_id is not None:
+        if not self.neighbours or spec.actor_id is not None or shape.bound:
             super()._task_ready(task)
         elif self.up:
             feasible = self.scheduler.feasible(shape)
@@ -86,6 +86,8 @@ class GivenTasks(SharedObjects):
         return min(total.get(name, 0) // amount for name, amount in shape.resources)
 
     def _feasible_nodes(self, shape: Shape) -> list[Neighbour]:
+        if shape.bound:
+            return []
         return [n for n in self.neighbours.values() if n.client != self.up and self._slots(shape, n.total)]
 
     def _place(self, task: Task) -> None:
@@ -153,7 +155,7 @@ class GivenTasks(SharedObjects):
             count = shape.waiting
             if only_idle:
                 count -= max(0, scheduler.room_for(shape)) if scheduler.feasible(shape) else 0
-            if shape.exclusive or count <= 0:
+            if shape.exclusive or shape.bound or count <= 0:
                 continue
             mean_s = shape.queue[0].template.mean_s
             sites = []

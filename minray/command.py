@@ -47,6 +47,11 @@ _LISTS: dict[str, tuple[Callable[..., list[state.Row]], str, tuple[str, ...]]] =
         "the newest worker processes, dead ones too",
         ("worker_id", "pid", "state", "actor_id", "start_time_ms", "end_time_ms", "exit_detail"),
     ),
+    "placement-groups": (
+        state.list_placement_groups,
+        "the newest placement groups, removed ones too",
+        ("placement_group_id", "name", "state", "strategy", "bundles", "start_time_ms", "reason"),
+    ),
     "events": (state.list_events, "the newest events", ("time", "kind", "subject", "message")),
 }
 """Of each listing: where it comes from, what it is, and the columns that people see."""

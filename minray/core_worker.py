@@ -35,7 +35,7 @@ from minray.messages import (
 from minray.object_ref import ObjectRef, new_ref
 from minray.reference_counter import ReferenceCounter, References
 from minray.serialization import INLINE_LIMIT, Serialized, deserialize, flat_chunks, serialize, to_bytes, write_flat
-from minray.task_spec import ActorOptions, TaskOptions, TaskSpec
+from minray.task_spec import ActorOptions, Placement, TaskOptions, TaskSpec
 
 if TYPE_CHECKING:
     import asyncio
@@ -126,6 +126,8 @@ class CoreWorker(ABC):
         self.interrupts_change: Callable[[], bool]  # whether the calling thread was in the middle of telling the node
         self._export_lock = threading.RLock()  # A finalizer that comes in between may export, too.
         self.digester: Digester | None = None  # in durable jobs
+        self.placement: Placement = ()  # of the task or actor that this process runs
+        self.captured: Placement = ()  # where tasks go that it submits without saying where; a token for each such
         self.token = object()  # for remote functions, to note that they are known here; they must not keep the session
 
     @property
@@ -435,8 +437,12 @@ class CoreWorker(ABC):
 
     # ------------------------------------------------------------ waiting
 
+    def deadline_in(self, seconds: float) -> float:
+        """The moment so many seconds from now, on the clock that `loop.wait` goes by."""
+        return monotonic() + seconds
+
     def get(self, refs: Any, timeout: float | None) -> Any:
-        deadline = None if timeout is None or timeout < 0 else monotonic() + timeout
+        deadline = None if timeout is None or timeout < 0 else self.deadline_in(timeout)
         if type(refs) is ObjectRef:
             return self.get_values((refs,), deadline)[0]
         if not isinstance(refs, (list, tuple)):
@@ -487,7 +493,7 @@ class CoreWorker(ABC):
             raise ValueError(
                 f"wait(num_returns=...) must be between 1 and the number of refs ({len(refs)}), got {num_returns!r}."
             )
-        deadline = None if timeout is None else monotonic() + timeout
+        deadline = None if timeout is None else self.deadline_in(timeout)
         positions = self.ready_positions(awaited, num_returns, deadline)
         if len(positions) == 1:  # Draining one by one: slices are 50 times faster than looking at each.
             (at,) = positions

@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from itertools import compress, count, islice
@@ -19,13 +19,12 @@ from operator import attrgetter
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from minray import clock, ids, machine, process_title
+from minray import clock, exceptions, ids, machine
 from minray.core_worker import CoreWorker, TaskContext, ValueLost, raise_stored
 from minray.ending import Ending
-from minray.exceptions import GetTimeoutError
 from minray.interrupts import guard_handlers, interruptible, raise_deferred, unguard_handlers, uninterruptible
 from minray.loop import Loop, Waiter
-from minray.messages import DRIVER, Event, NodeQueried, ObjectsAwaited
+from minray.messages import DRIVER, Event, NodeQueried, ObjectsAwaited, ResourcesAdded
 from minray.node import Node
 from minray.object_ref import ObjectRef
 from minray.object_store import Arena, plan_arena
@@ -62,6 +61,7 @@ class Driver(CoreWorker):
         root: str | None = None,
         default_lifetime: str | None = None,
         search_path: Sequence[str] = (),
+        labels: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.references = References()
@@ -102,7 +102,7 @@ class Driver(CoreWorker):
                     "namespace": namespace,
                     "default_lifetime": default_lifetime,
                     "search_path": list(search_path),
-                    "title": process_title.prefix,
+                    "name_prefix": exceptions.name_prefix,
                     "job_id": self.job_id,
                     "job": self.job.config() if self.job is not None else None,
                     "gpus": _visible_gpus(int(resources.get("GPU", 0))),
@@ -122,6 +122,7 @@ class Driver(CoreWorker):
                 lambda object_id: os.path.join(spill, object_id.hex()),
                 policy,
                 session_id=self.job_id[:8],
+                labels=labels,
             )
             self.node.lineage.arena.allocate(BLACK_BOX_BYTES)
             self._printer = OutputPrinter(self._log_of)
@@ -138,7 +139,7 @@ class Driver(CoreWorker):
             self.connect()
             self.raylet.start(self.node.scheduler.pool_size)
             with self.raylet.lock:
-                self.raylet.record(self._first_rows(resources, plan.capacity))
+                self.raylet.record(self._first_rows(resources))
             self.loop.start()
             undo.pop_all()
 
@@ -162,7 +163,20 @@ class Driver(CoreWorker):
         text = f"minray: job {job.name!r}: reused {reused:,} results, ran {ran:,} tasks"
         self._pending_lines.append(("stderr", text))
 
-    def _first_rows(self, resources: dict[str, float], capacity: int) -> dict[str, list[tuple[Any, ...]]]:
+    def add_resources(self, resources: dict[str, float]) -> None:
+        """The node has so much more from now on."""
+        added = {name: round(amount * UNIT) for name, amount in resources.items() if amount}
+        self.send(ResourcesAdded(DRIVER, tuple(sorted(added.items()))))
+        with self.raylet.lock:
+            self.raylet.record({"nodes": [self._node_row(self.node.describe("resources"))]})
+
+    def _node_row(self, resources: dict[str, float]) -> tuple[Any, ...]:
+        import json
+
+        labels = json.dumps(self.node.labels)
+        return (1, self.node_id, socket.gethostname(), 0, json.dumps(resources), self.arena.capacity, labels)
+
+    def _first_rows(self, resources: dict[str, float]) -> dict[str, list[tuple[Any, ...]]]:
         import json
 
         self._job_row = [
@@ -170,8 +184,7 @@ class Driver(CoreWorker):
             int(self.started_s * 1e6), None, self.version, sys.version.split()[0], self.namespace,
             json.dumps(resources),
         ]  # fmt: skip
-        node_row = (1, self.node_id, socket.gethostname(), 0, json.dumps(resources), capacity)
-        return {"jobs": [tuple(self._job_row)], "nodes": [node_row]}
+        return {"jobs": [tuple(self._job_row)], "nodes": [self._node_row(resources)]}
 
     # ------------------------------------------------------------ signals
 
@@ -296,7 +309,7 @@ class Driver(CoreWorker):
                 return  # The last one came in this moment.
             first = self.node.objects[pending[0]].task
             what = f" (the first of them from {first.template.options.name}())" if first is not None else ""
-            raise GetTimeoutError(
+            raise exceptions.GetTimeoutError(
                 f"get() waited for {len(refs)} object(s); {len(pending)} of them{what} were not ready in time. "
                 "Their tasks go on; get() may be called again, minray.cancel() ends them."
             ) from None

@@ -32,6 +32,10 @@ from typing import Any
 from minray import serialization
 
 
+name_prefix = "minray"
+"""Whose tasks they are, in the header of a traceback: ``minray::f()``; "ray" under `minray.as_ray`."""
+
+
 class RayError(Exception):
     """Anything that minray raises for what happened to a task, an actor or an object."""
 
@@ -64,7 +68,7 @@ class RayTaskError(RayError):
         self.function_name = function_name
         self.traceback_str = traceback_str
         self.cause = cause
-        self.proctitle = proctitle or f"minray::{function_name}"
+        self.proctitle = proctitle or f"{name_prefix}::{function_name}"
         self.pid = pid
         self.ip = ip
         self.actor_repr = actor_repr
@@ -111,6 +115,10 @@ class TaskUnschedulableError(RayError):
 
 class TaskPlacementGroupRemoved(RayError):
     """The placement group of the task was removed."""
+
+
+class PlacementGroupUnschedulableError(RayError):
+    """The placement group can never be placed: no node is large enough, or there are too few."""
 
 
 class WorkerCrashedError(RayError):
@@ -285,7 +293,7 @@ def make_task_error(
     """
     where = {"pid": pid, "ip": ip, "actor_id": actor_id, "repr": actor_repr}
     known = ", ".join(f"{name}={value}" for name, value in where.items() if value is not None)
-    text = f"minray::{function_name}()" + (f" ({known})" if known else "") + "\n" + user_traceback(error)
+    text = f"{name_prefix}::{function_name}()" + (f" ({known})" if known else "") + "\n" + user_traceback(error)
     cause = vars(error)["cause"] if isinstance(error, RayTaskError) else error
     return RayTaskError(function_name, text, cause, None, pid, ip, actor_repr, actor_id)
 
@@ -302,7 +310,7 @@ def make_argument_error(error: BaseException, function_name: str) -> BaseExcepti
     own = vars(error)
     story = own["traceback_str"] if isinstance(error, RayTaskError) else str(error)
     # Of a chain of such tasks only the last and the first are told: chains can be long.
-    text = f"minray::{function_name}{_NOT_RUN}{story.rpartition(_NOT_RUN)[2]}"
+    text = f"{name_prefix}::{function_name}{_NOT_RUN}{story.rpartition(_NOT_RUN)[2]}"
     if not isinstance(error, RayTaskError):
         return type(error)(text, **own)
     return RayTaskError(function_name, text, own["cause"], None, own["pid"], own["ip"]).as_instanceof_cause()
@@ -312,7 +320,7 @@ _NOT_RUN = "() did not run, since one of its arguments could not be computed:\n"
 _OWN_FILES = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _TEXT_LIMIT = 50_000  # Characters; a message can be a whole array.
 _HEAD = "Traceback (most recent call last):\n"
-_OWN_PREFIX = re.compile(r"^minray\.exceptions\.RayTaskError(\(.*?\))?: (?=minray::)", re.MULTILINE)
+_OWN_PREFIX = re.compile(r"^minray\.exceptions\.RayTaskError(\(.*?\))?: (?=(?:min)?ray::)", re.MULTILINE)
 
 
 def user_traceback(error: BaseException) -> str:

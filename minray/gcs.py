@@ -64,7 +64,7 @@ from zlib import crc32
 from minray import clock
 from minray.checksum import row_checksum
 from minray.schema import JOB_STATES, SQL_FILE, TABLES
-from minray.task_spec import DEAD, FINISHED, OBJECT_STATES, WORKER_STATES
+from minray.task_spec import DEAD, FINISHED, OBJECT_STATES, REMOVED, WORKER_STATES
 
 if TYPE_CHECKING:
     from minray.job_storage import JobWriter
@@ -160,6 +160,7 @@ CAPPED = (
         ON CONFLICT DO UPDATE SET objects = objects + excluded.objects,
         size_bytes = size_bytes + excluded.size_bytes""",
     ),
+    Capped("placement_groups", f"state = {REMOVED}", ""),
     Capped("events", "1", ""),
 )
 
@@ -276,12 +277,13 @@ class Gcs:
                 _update("jobs", state="?1", finished_us="?2") + " WHERE finished_us IS NULL",
                 (JOB_STATES.index("FAILED"), now_us),
             )
-            for table, reason, dead in (
-                ("workers", "exit_reason", WORKER_STATES.index("DEAD")),
-                ("actors", "death_cause", DEAD),
+            for table, reason, dead, died_us in (
+                ("workers", "exit_reason", WORKER_STATES.index("DEAD"), "died_us"),
+                ("actors", "death_cause", DEAD, "died_us"),
+                ("placement_groups", "reason", REMOVED, "removed_us"),
             ):
                 database.execute(
-                    _update(table, state="?1", died_us="?2", **{reason: "?3"}) + " WHERE died_us IS NULL",
+                    _update(table, state="?1", **{died_us: "?2", reason: "?3"}) + f" WHERE {died_us} IS NULL",
                     (dead, now_us, why),
                 )
         self.database.execute("PRAGMA wal_checkpoint(TRUNCATE)")

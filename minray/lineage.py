@@ -230,6 +230,7 @@ class Lineage:
         self.stream_opened: Callable[[Task], None]  # set by the node
         self.reader_gone: Callable[[Task], None]
         self.replayable: dict[bytes, Task] = {}  # the oldest first
+        self.promised: dict[bytes, None] = {}  # objects that the node itself will make, of no task
 
     # ------------------------------------------------------------ making
 
@@ -281,6 +282,17 @@ class Lineage:
         self._fill(entry, value, now)
         self._record(entry, now)
         return entry
+
+    def promise(self, object_id: bytes) -> None:
+        """An object that the node will make, and holds: what a placement group's `ready()` returns.
+
+        If somebody still holds one of that name (of a group that an earlier attempt of its maker made and removed), it
+        stays what it is: objects do not change."""
+        entry = self.objects.get(object_id)
+        if entry is None:
+            entry = self.objects[object_id] = ObjectEntry(object_id, None, 0)
+            self.promised[object_id] = None
+        entry.refs += 1
 
     def seal(self, entry: ObjectEntry, value: Value, is_error: bool, now: float) -> None:
         """The value is there: wake everyone who waits for it."""
@@ -659,7 +671,7 @@ class Lineage:
             needed, pinned = replays.pop(object_id, 0), pins.get(object_id, 0)
             assert entry.replays == needed, f"{short(object_id)}: {entry.replays} replays would need it, not {needed}"
             assert entry.pins == pinned, f"{short(object_id)}: {entry.pins} pins, not {pinned}"
-            will_come = entry.task is not None and entry.task.state < FINISHED
+            will_come = (entry.task is not None and entry.task.state < FINISHED) or object_id in self.promised
             waiters = [w for w in entry.waiters or () if type(w) is Task or w.remaining > 0]  # type: ignore[union-attr]
             unwanted = entry.refs <= 0 and not waiters
             is_away = entry.away is not None

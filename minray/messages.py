@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Union
 
-from minray.task_spec import TaskOptions, TaskSpec
+from minray.task_spec import Conditions, Placement, Resources, TaskOptions, TaskSpec
 
 DRIVER = 0
 Ids = list[bytes]
@@ -262,6 +262,33 @@ class NodeQueried(NamedTuple):
     what: str
 
 
+class PlacementGroupRequested(NamedTuple):
+    """`value`: what its `ready()` is, pickled, once it is placed.
+
+    Answered, if `request_id` is given, by None, or why it was not made: its name is taken."""
+
+    client: int
+    request_id: int
+    group_id: bytes
+    bundles: list[tuple[Resources, Conditions]]  # what each reserves, and on which kind of node
+    strategy: str
+    name: str
+    detached: bool
+    value: bytes
+
+
+class PlacementGroupRemoved(NamedTuple):
+    client: int
+    group_id: bytes
+
+
+class ResourcesAdded(NamedTuple):
+    """The node has more of these from now on."""
+
+    client: int
+    resources: Resources
+
+
 class WorkerStarted(NamedTuple):
     client: int
     pid: int
@@ -305,7 +332,8 @@ Event = Union[
     ItemsYielded, ItemsRequested, RoomAwaited,
     Unpinned, ObjectsAwaited, RequestAbandoned, BlockRequested, BlocksSpilled, BlockRefused, RoomAbandoned, ObjectLost,
     ArgumentLost, CancelRequested, ActorKillRequested, CheckpointTaken, CheckpointFailed, ActorLookedUp, CallsCounted,
-    NodeQueried, WorkerStarted, WorkerDied, GcsStalled, GcsRecovered, Ticked,
+    NodeQueried, PlacementGroupRequested, PlacementGroupRemoved, ResourcesAdded, WorkerStarted, WorkerDied, GcsStalled,
+    GcsRecovered, Ticked,
 ]  # fmt: skip
 
 FROM_WORKERS = {
@@ -315,7 +343,7 @@ FROM_WORKERS = {
         ItemsYielded, ItemsRequested, RoomAwaited,
         Unpinned, ObjectsAwaited, RequestAbandoned, BlockRequested, BlocksSpilled, BlockRefused, RoomAbandoned,
         ObjectLost, ArgumentLost, CancelRequested, ActorKillRequested, CheckpointTaken, CheckpointFailed, ActorLookedUp,
-        CallsCounted, NodeQueried,
+        CallsCounted, NodeQueried, PlacementGroupRequested, PlacementGroupRemoved,
     )
 }  # fmt: skip
 """The events that a worker may send; all others come from the shell alone."""
@@ -359,12 +387,13 @@ class RunTasks(NamedTuple):
 
 
 class AssignResources(NamedTuple):
-    """Before the tasks that use them: the worker's CPUs (for OMP_NUM_THREADS) and its GPUs, if any."""
+    """Before the tasks that use them: the worker's CPUs (for OMP_NUM_THREADS), its GPUs, if any, and where they are."""
 
     client: int
     num_cpus: float
     gpu_ids: tuple[int, ...]
     resources: dict[str, float]
+    placement: Placement = ()
 
 
 class SetUpEnvironment(NamedTuple):

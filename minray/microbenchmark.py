@@ -676,6 +676,23 @@ def hundred_actors(b: Backend) -> float:
     return clock() - began
 
 
+@row("placement", RAYLIKE, Figure("placement group create/removal", "groups/s", 765))
+def placement_groups(b: Backend) -> float:
+    """As in Ray's: groups of one bundle that is ready at once; each waited for, then removed."""
+    util = importlib.import_module(f"{b.ray.__name__}.util")
+
+    def make_and_remove_100() -> None:
+        groups = []
+        for _ in range(100):
+            group = util.placement_group([{"CPU": 0.01}])
+            b.get(group.ready())
+            groups.append(group)
+        for group in groups:
+            util.remove_placement_group(group)
+
+    return b.rate(make_and_remove_100, 100)
+
+
 class Tally(Server):
     """An actor with a state, and a way to see in which process it is."""
 

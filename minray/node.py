@@ -37,6 +37,7 @@ from minray.messages import (
     Unpinned, WorkerDied,
 )  # fmt: skip
 from minray.node_workers import NodeWorkers
+from minray.placement import NODE_ID
 from minray.policy import Policy
 from minray.scheduler import Client, Scheduler, WorkerRecord
 from minray.task_spec import (
@@ -60,6 +61,7 @@ class Node(NodeWorkers):
         policy: Policy | None = None,
         label: str = "head",
         session_id: bytes = b"\0" * 8,
+        labels: Mapping[str, str] | None = None,
     ) -> None:
         self.label = label
         self.session_id = session_id
@@ -87,6 +89,13 @@ class Node(NodeWorkers):
         self._pumps = {}
         self._start_failures = 0
         self._events_made = 0
+        self.labels = {**(labels or {}), NODE_ID: ids.pack_id(session_id, 0, ids.NODE).hex()}
+        self.groups = {}
+        self._group_names = {}
+        self._waiting = {}
+        self._removed = {}
+        self._groups_made = 0
+        self._dirty_groups = {}
         self._wanted = deque()
         self._rebuilding = False
         self._dirty = []
@@ -105,6 +114,8 @@ class Node(NodeWorkers):
             self._fence(event, now)
             return []  # The fence.
         self._handlers[type(event)](event, now)
+        if self._waiting:
+            self._place_groups(now)
         if self._pumps:
             self._send_calls(now)
             self.scheduler.dispatch(now)
@@ -150,12 +161,16 @@ class Node(NodeWorkers):
         self._answer(event.client, event.request_id, self.describe(event.what))
 
     def describe(self, what: str) -> Any:
-        """Plain data about "resources", "available", "nodes", "workers", "actors" or "memory"."""
+        """Plain data about "resources", "available", "labels", "placement_groups", "workers", "actors" or "memory"."""
         scheduler, lineage = self.scheduler, self.lineage
         if what == "resources":
             return {name: amount / UNIT for name, amount in scheduler.total.items()}
         if what == "available":
             return {name: max(0, amount) / UNIT for name, amount in scheduler.available.items()}
+        if what == "labels":
+            return self.labels
+        if what == "placement_groups":
+            return self.describe_groups()
         if what == "workers":
             return [(w.client, w.pid, len(w.in_flight), w.blocked) for w in scheduler.workers.values()]
         if what == "actors":
@@ -186,6 +201,9 @@ class Node(NodeWorkers):
         if self.actors.dirty:
             rows["actors"] = [actor.row() for actor in self.actors.dirty.values()]
             self.actors.dirty.clear()
+        if self._dirty_groups:
+            rows["placement_groups"] = [group.row() for group in self._dirty_groups.values()]
+            self._dirty_groups.clear()
         new, updates = self.lineage.take_object_rows(now)
         if new:
             rows["objects"] = new
@@ -231,6 +249,7 @@ class Node(NodeWorkers):
         for client in [*scheduler.workers.values(), *self._leaving.values(), *self._other_nodes()]:
             refs.update(client.held.keys())
             pins.update(client.pins)
+        self._check_groups(refs)
         places: Counter[int] = Counter()  # by task number: in how many queues and hands it is
         for shape in scheduler.shapes.values():
             places.update(task.no for task in shape.queue if task.state == PENDING_NODE_ASSIGNMENT)

@@ -10,6 +10,7 @@ node_recovery.py        lost objects are made again
 node_streams.py         the items of generators
 node_exact.py           an actor's state is made again
 node_actors.py          actors and their calls
+node_placement.py       placement groups, and tasks that may not run just anywhere
 node_workers.py         workers start, die and get stuck
 node.py                 `Node`: joins them, and is all that the world sees
 ======================  =========================================================

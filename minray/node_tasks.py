@@ -22,7 +22,7 @@ from minray.messages import (
 )  # fmt: skip
 from minray.node_objects import NodeObjects
 from minray.same_pickle import says_the_same
-from minray.scheduler import Client, WorkerRecord
+from minray.scheduler import Client, Shape, WorkerRecord
 from minray.task_spec import (
     ACTOR_CREATION, ACTOR_EXITED, CANCELLED, FAILED, FINISHED, OK, PENDING_ARGS_AVAIL, PENDING_NODE_ASSIGNMENT,
     RETRYABLE_ERROR, RUNNING, STREAMING, SUBMITTED_TO_WORKER, UNIT, ActorOptions, TaskOptions, TaskSpec,
@@ -70,11 +70,7 @@ class NodeTasks(NodeObjects):
         options = TaskOptions(*event.options)
         template = self._template_of.get(options)
         if template is None:
-            counted = (options.function_id, options.max_calls) if options.max_calls else None
-            shape = self.scheduler.shape_for(
-                options.resources, options.kind == ACTOR_CREATION, options.runtime_env, counted
-            )
-            template = self._template_of[options] = Template(len(self.templates), options, shape)
+            template = self._template_of[options] = Template(len(self.templates), options, self._shape_of(options))
             self.templates.append(template)
             function_no = self.functions[options.function_id][0] if options.function_id else None
             resources = {name: amount / UNIT for name, amount in options.resources}
@@ -85,6 +81,8 @@ class NodeTasks(NodeObjects):
                 other["max_calls"] = options.max_calls
             if options.streaming:
                 other.update(streaming=options.streaming, backpressure=options.backpressure)
+            if options.placement:
+                other["placement_group"], other["bundle"] = options.placement[0].hex(), options.placement[1]
             self._row(
                 "options",
                 (
@@ -208,10 +206,9 @@ class NodeTasks(NodeObjects):
         if actor_id is not None:
             task.state = PENDING_NODE_ASSIGNMENT
             self._pumps[actor_id] = self.actors.actors[actor_id]
-        elif task.attempt:  # A replay: somebody waits for something that was there.
-            self.scheduler.enqueue_first(task)
         elif task.template.shape.queue or self.scheduler.feasible(task.template.shape):
-            self.scheduler.enqueue(task)
+            # First, if it is a replay: somebody waits for something that was there.
+            (self.scheduler.enqueue_first if task.attempt else self.scheduler.enqueue)(task)
         else:
             self._refuse(task)
 
@@ -491,6 +488,9 @@ class NodeTasks(NodeObjects):
             self.wire.append(CancelTask(task.worker.client, task.spec.task_id))
 
     # ------------------------------------------------------------ what it needs of the chapters that follow
+
+    @abstractmethod
+    def _shape_of(self, options: TaskOptions) -> Shape: ...
 
     @abstractmethod
     def _diverged(self, old: Task, template: Template, parent: Task | None) -> None: ...

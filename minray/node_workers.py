@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from minray import ids
 from minray.lineage import Task
-from minray.messages import ExitWorker, Forget, Ticked, Warn, WorkerDied, WorkerStarted
-from minray.node_actors import NodeActors
+from minray.messages import ExitWorker, Forget, ResourcesAdded, Ticked, Warn, WorkerDied, WorkerStarted
+from minray.node_placement import NodePlacement
 from minray.node_tasks import amounts
 from minray.scheduler import SPENT, WorkerRecord
 
@@ -17,7 +17,7 @@ START_ATTEMPTS = 3
 """So many workers in a row that die before they are up, and waiting tasks fail rather than wait for ever."""
 
 
-class NodeWorkers(NodeActors):
+class NodeWorkers(NodePlacement):
     def handle_worker_started(self, event: WorkerStarted, now: float) -> None:
         worker = self.scheduler.workers.get(event.client)
         if worker is not None:
@@ -91,6 +91,10 @@ class NodeWorkers(NodeActors):
                 f"To allow more attempts: @minray.remote(max_retries=...).  Its history: minray story {short}",
             )
 
+    def handle_resources_added(self, event: ResourcesAdded, now: float) -> None:
+        """What waits for them runs, with the dispatch that follows every event."""
+        self.scheduler.add_resources(event.resources)
+
     def handle_ticked(self, event: Ticked, now: float) -> None:
         for worker in self.scheduler.tick(now):
             spent = worker.environment == SPENT
@@ -99,16 +103,18 @@ class NodeWorkers(NodeActors):
             self.wire.append(ExitWorker(worker.client))
         for task in self.scheduler.starved(now):
             self._warn_of_starvation(task, now)
+        self._tell_waiting_groups(now)
         for worker in self.scheduler.held(now):
             self._take_unasked(worker, dict(event.executing).get(worker.client))
 
     def _warn_of_starvation(self, task: Task, now: float) -> None:
         options = task.template.options
+        holders = "actors and placement groups" if self.scheduler.bundles else "actors"
         text = (
             f"{options.name} [task {ids.short(task.spec.task_id)}] needs {amounts(options.resources)} and waits: "
-            f"actors hold too much of the {amounts(self.scheduler.total.items())} of this node. It runs when actors "
-            "end; if they shall not, give minray.init() more, or the actors less (num_cpus=0 is enough for those that "
-            "mostly wait)."
+            f"{holders} hold too much of the {amounts(self.scheduler.total.items())} of this node. It runs when "
+            f"{holders} end; if they shall not, give minray.init() more, or the actors less (num_cpus=0 is enough for "
+            "those that mostly wait)."
         )
         self._event("task_starved", task.spec.task_id, text, now)
         self.wire.append(Warn(text))

@@ -19,6 +19,7 @@ from minray.interrupts import uninterruptible
 
 if TYPE_CHECKING:
     from minray.core_worker import CoreWorker
+    from minray.types import JobID, TaskID
 
 T = TypeVar("T")
 
@@ -116,9 +117,17 @@ class ObjectRef(bytes, Generic[T]):
     def is_nil(self) -> bool:
         return self == ids.NIL
 
-    def task_id(self) -> bytes:
+    def task_id(self) -> TaskID:
         """The ID of the task that returns this object, or that put it."""
-        return ids.task_of(bytes(self))
+        from minray.types import TaskID
+
+        return TaskID(ids.task_of(bytes(self)))
+
+    def job_id(self) -> JobID:
+        """The ID of the job, which is this session's."""
+        from minray.types import JobID
+
+        return JobID(_core().job_id)
 
     def future(self) -> concurrent.futures.Future[T]:
         """A future of the standard library with the same outcome."""

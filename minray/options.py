@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from minray.core_worker import pickle_classes
-from minray.task_spec import DYNAMIC, STREAMING, UNIT, Resources
+from minray.task_spec import DYNAMIC, STREAMING, UNIT, Conditions, Placement, Resources
 
 Check = Callable[[Any], bool]
 
@@ -43,7 +43,11 @@ _RESOURCES = (
     ),
     "a dict of names (other than CPU, GPU and memory, which have options of their own) and amounts",
 )
-_STRATEGY = (lambda v: v in ("DEFAULT", "SPREAD"), '"DEFAULT" or "SPREAD" (on one machine both mean the same)')
+_STRATEGY = (
+    lambda v: v in ("DEFAULT", "SPREAD") if isinstance(v, str) else hasattr(v, "__minray_where__"),
+    '"DEFAULT" or "SPREAD" (on one machine both mean the same), or an object of minray.util.scheduling_strategies',
+)
+_SELECTOR = (lambda v: isinstance(v, Mapping), "a dict of labels and values, such as {'zone': 'in(a, b)'}")
 
 _GROUPS = (
     lambda v: (
@@ -61,6 +65,20 @@ _BOTH: dict[str, tuple[Check, str]] = {
     "name": _TEXT,
     "scheduling_strategy": _STRATEGY,
     "runtime_env": (lambda v: True, "a runtime environment"),  # It says itself what is wrong with it: see `check`.
+    "placement_group": (
+        lambda v: v == "default" if isinstance(v, str) else hasattr(v, "bundle_specs"),
+        "a placement group, or None",
+    ),
+    "placement_group_bundle_index": (lambda v: _is_int(v) and v >= -1, "the number of a bundle, or -1 for any"),
+    "placement_group_capture_child_tasks": _BOOL,
+    "accelerator_type": _TEXT,
+    "label_selector": _SELECTOR,
+    "fallback_strategy": (
+        lambda v: (
+            isinstance(v, (list, tuple)) and all(isinstance(d, Mapping) and set(d) <= {"label_selector"} for d in v)
+        ),
+        'a list of dicts {"label_selector": {...}}, to be tried in order',
+    ),
 }
 TASK: dict[str, tuple[Check, str]] = {
     **_BOTH,
@@ -97,17 +115,16 @@ METHOD: dict[str, tuple[Check, str]] = {
     "concurrency_group": _TEXT,
 }
 NOT_YET = {
-    "placement_group": "placement groups are not supported yet",
-    "placement_group_bundle_index": "placement groups are not supported yet",
-    "accelerator_type": "accelerators have no types here; declare resources={'A100': 1} in init() instead",
-    "label_selector": "nodes have no labels yet; declare resources in init() instead",
-    "fallback_strategy": "nodes have no labels yet; declare resources in init() instead",
     "object_store_memory": "a task cannot reserve object store memory; objects are spilled when it is full",
 }
 
 
-def check(given: Mapping[str, Any], known: Mapping[str, tuple[Check, str]], where: str) -> dict[str, Any]:
-    """The options that are not None.  Raises TypeError for an unknown name, ValueError for a bad value."""
+def check(
+    given: Mapping[str, Any], known: Mapping[str, tuple[Check, str]], where: str, old: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The options that are not None, over those that were there before (`old`).
+
+    Raises TypeError for an unknown name, ValueError for a bad value."""
     for name, value in given.items():
         if name not in known:
             if name in NOT_YET and value is None:
@@ -121,12 +138,88 @@ def check(given: Mapping[str, Any], known: Mapping[str, tuple[Check, str]], wher
         accepts, expected = known[name]
         if value is not None and not accepts(value):
             raise ValueError(f"{where}({name}=...) must be {expected}, got {value!r}.")
-    kept = {name: value for name, value in given.items() if value is not None}
-    if "runtime_env" in kept:
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if "runtime_env" in chosen:
         from minray.runtime_env import checked
 
-        kept["runtime_env"] = checked(kept["runtime_env"], where)
-    return kept
+        chosen["runtime_env"] = checked(chosen["runtime_env"], where)
+    if not chosen.keys().isdisjoint(_PLACES):
+        _check_places(chosen, where, old or {})
+        # Whoever says anew in which group, or on which node, means none of what was said of that before.
+        if "scheduling_strategy" in chosen or "placement_group" in chosen:
+            old = {name: value for name, value in (old or {}).items() if name not in _PLACES[:4]}
+    return {**old, **chosen} if old else chosen
+
+
+_PLACES = (
+    "scheduling_strategy", "placement_group", "placement_group_bundle_index", "placement_group_capture_child_tasks",
+    "label_selector", "fallback_strategy",
+)  # fmt: skip
+A_LITTLE = 0.001
+"""Of accelerator_type:X, as in Ray: it only tells which nodes have that kind."""
+
+
+def _check_places(chosen: Mapping[str, Any], where: str, old: Mapping[str, Any]) -> None:
+    """Raises ValueError for options of which one says here, the other there, and for a bundle that is not there."""
+    legacy = [name for name in _PLACES[1:4] if name in chosen]
+    if legacy and "scheduling_strategy" in chosen:
+        raise ValueError(f"{where}(scheduling_strategy=..., {legacy[0]}=...): both say where to run. Leave out one.")
+    given = {**old, **chosen}
+    group, index, _ = _group_of(chosen if "scheduling_strategy" in chosen or "placement_group" in chosen else given)
+    if group is None and any(name in chosen for name in _PLACES[2:4]):
+        raise ValueError(f"{where}({legacy[-1]}=...) needs placement_group=..., to which it belongs.")
+    count = group.bundle_count if group is not None else 0
+    if group is not None and not -1 <= index < count:
+        raise ValueError(
+            f"{where}(...): bundle index {index} is wrong. The placement group has {count} bundles: 0 to {count - 1}, "
+            "or -1 for any of them."
+        )
+    if "fallback_strategy" in given and "label_selector" not in given:
+        raise ValueError(f"{where}(fallback_strategy=...) needs label_selector=..., which is tried first.")
+    labels_of(given)  # Raises ValueError for a selector that is none.
+
+
+def _group_of(given: Mapping[str, Any]) -> tuple[Any, int, bool]:
+    """(placement group or None, bundle, whether children go there, too), as the options say it."""
+    where = getattr(given.get("scheduling_strategy"), "__minray_where__", None)
+    if where is not None:
+        group, index, captures, _ = where()
+        return group, index, captures
+    group = given.get("placement_group")
+    if isinstance(group, str):  # "default": Ray's old word for not saying it.
+        group = None
+    return (
+        group, given.get("placement_group_bundle_index", -1), given.get("placement_group_capture_child_tasks", False),
+    )  # fmt: skip
+
+
+def placement_of(given: Mapping[str, Any], resources: Resources, captured: Placement, name: str) -> Placement:
+    """In which placement group: as the options say it, else `captured`.  Raises ValueError for what fits no bundle."""
+    group, index, captures = _group_of(given)
+    if group is None or group.is_empty:
+        return captured if "scheduling_strategy" not in given else ()
+    bundles = group.bundle_specs if index < 0 else [group.bundle_specs[index]]
+    if not any(all(round(bundle.get(kind, 0) * UNIT) >= units for kind, units in resources) for bundle in bundles):
+        wanted = {kind: units / UNIT for kind, units in resources}
+        which = "every bundle of its placement group" if index < 0 else f"bundle {index} of its placement group"
+        raise ValueError(
+            f"{name} needs {wanted}, which is more than {which} has: {bundles}. It was not submitted. A task or an "
+            "actor must fit into one bundle: ask for less (.options(num_cpus=..., resources=...)), or make larger "
+            "bundles."
+        )
+    return (bytes(group.id), index, captures)
+
+
+def labels_of(given: Mapping[str, Any]) -> tuple[Conditions, ...]:
+    """Of the node: what to try one after the other; () if any node will do.  Raises ValueError."""
+    where = getattr(given.get("scheduling_strategy"), "__minray_where__", None)
+    wanted: tuple[Conditions, ...] = where()[3] if where is not None else ()
+    if "label_selector" not in given:
+        return wanted
+    from minray.placement import parse_selector
+
+    more = [given["label_selector"], *(other.get("label_selector", {}) for other in given.get("fallback_strategy", ()))]
+    return tuple(first + second for second in map(parse_selector, more) for first in wanted or ((),))
 
 
 def is_exact(given: Mapping[str, Any]) -> bool:
@@ -186,6 +279,8 @@ def resources_of(options: Mapping[str, Any], default_cpus: float) -> Resources:
     amounts["CPU"] = options.get("num_cpus", default_cpus)
     amounts["GPU"] = options.get("num_gpus", 0)
     amounts["memory"] = options.get("memory", 0)
+    if kind := options.get("accelerator_type"):
+        amounts.setdefault(f"accelerator_type:{kind}", A_LITTLE)
     return tuple(sorted((name, round(amount * UNIT)) for name, amount in amounts.items() if amount))
 
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 
+from minray import exceptions
+
 IDLE = "IDLE"
-prefix = "minray"
-"""In front of every title; set before `init` (it is the zygote's, and with it the workers')."""
 
 _arguments: tuple[int, int] | None = None  # where they begin, and how many bytes there are
 
@@ -38,8 +38,8 @@ def begin() -> None:
 
 
 def show(name: str) -> None:
-    """From now on this process is called `<prefix>::<name>`, as far as there is room."""
-    title = "".join(c if c.isprintable() else "?" for c in f"{prefix}::{name}")
+    """From now on this process is called `minray::<name>` (`ray::<name>` under as_ray), as far as there is room."""
+    title = "".join(c if c.isprintable() else "?" for c in f"{exceptions.name_prefix}::{name}")
     with suppress(OSError):
         with open("/proc/self/comm", "wb", buffering=0) as comm:  # The main thread's, whichever thread this is.
             comm.write(_cut(title, 15))

@@ -69,6 +69,7 @@ class RemoteFunction(Generic[R]):
         if self._streaming:
             refuse_in_jobs(core, name_of(self._function))
         function_id = core.export(self._function)
+        resources = options.resources_of(given, default_cpus=1)
         name = given.get("name") or name_of(self._function).rpartition("<locals>.")[2]
         self._template_no = core.template(
             TaskOptions(
@@ -76,7 +77,7 @@ class RemoteFunction(Generic[R]):
                 function_id=function_id,
                 name=name,
                 num_returns=self._num_returns,
-                resources=options.resources_of(given, default_cpus=1),
+                resources=resources,
                 max_retries=given.get("max_retries", 3),
                 retry_exceptions=options.retry_exceptions_of(given.get("retry_exceptions", False)),
                 streaming=self._streaming,
@@ -84,14 +85,15 @@ class RemoteFunction(Generic[R]):
                 runtime_env=core.environment_of(given.get("runtime_env")),
                 # As in Ray: what a library holds of a GPU's memory is free again only when its process has ended.
                 max_calls=given.get("max_calls", 1 if given.get("num_gpus") else 0),
+                placement=options.placement_of(given, resources, core.captured, name),
+                labels=options.labels_of(given),
             )
         )
         self._known_to = core.token
 
     def options(self, **given: Any) -> RemoteFunction[R]:
         """The same function with other options."""
-        checked = options.check(given, options.TASK, "options")
-        return RemoteFunction(self._function, {**self._options, **checked})
+        return RemoteFunction(self._function, options.check(given, options.TASK, "options", self._options))
 
     def _remote(self, args: Any = (), kwargs: Any = None, **given: Any) -> Any:
         return self.options(**given).remote(*(args or ()), **(kwargs or {}))

@@ -8,6 +8,7 @@ from typing import Any
 from minray import api, ids
 from minray.core_worker import CoreWorker
 from minray.driver import Driver
+from minray.types import ActorID, JobID, NodeID, TaskID, WorkerID
 
 
 class RuntimeContext:
@@ -33,7 +34,14 @@ class RuntimeContext:
         task_options = self._core.context().options
         return task_options.name if task_options is not None else None
 
-    get_task_function_name = get_task_name
+    def get_task_function_name(self) -> str | None:
+        """The name of the function or method itself, whatever ``name=`` the task was given."""
+        from minray.worker import Worker
+
+        task_options = self._core.context().options
+        if task_options is None or not isinstance(self._core, Worker):
+            return None
+        return self._core.function_name(task_options)
 
     def get_actor_id(self) -> str | None:
         actor_id = getattr(self._core, "actor_id", None)
@@ -54,7 +62,13 @@ class RuntimeContext:
         return {"GPU": [str(gpu) for gpu in getattr(self._core, "gpu_ids", ())]}
 
     def get_node_labels(self) -> dict[str, str]:
-        return {}
+        """Those of `init(labels=)`, and "ray.io/node-id"."""
+        return dict(api._query("labels"))
+
+    def get_placement_group_id(self) -> str | None:
+        """Of the group that the task or actor runs in."""
+        placement = self._core.placement
+        return placement[0].hex() if placement else None
 
     def is_canceled(self) -> bool:
         """Whether minray.cancel() was called on the task or call that asks.
@@ -89,6 +103,28 @@ class RuntimeContext:
     def get_runtime_env_string(self) -> str:
         """The same, as JSON; "{}" if there is none."""
         return self._core.runtime_env or "{}"
+
+    @property
+    def job_id(self) -> JobID:
+        return JobID(self._core.job_id)
+
+    @property
+    def node_id(self) -> NodeID:
+        return NodeID(self._core.node_id)
+
+    @property
+    def worker_id(self) -> WorkerID:
+        return WorkerID.from_hex(self.get_worker_id())
+
+    @property
+    def task_id(self) -> TaskID | None:
+        task_id = self.get_task_id()
+        return None if task_id is None else TaskID.from_hex(task_id)
+
+    @property
+    def actor_id(self) -> ActorID | None:
+        actor_id = self.get_actor_id()
+        return None if actor_id is None else ActorID.from_hex(actor_id)
 
     @property
     def namespace(self) -> str:

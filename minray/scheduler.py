@@ -13,6 +13,8 @@ not know objects or arguments: a task comes here once its dependencies are ready
   When it goes on it takes them again at once, even if that makes the count negative: nothing
   new starts until it is positive again.  So nested tasks of any depth run on one CPU.
 * An actor is a worker whose lease lasts as long as it lives.
+* A lease draws from a *pool*: the node's own, or a bundle of a placement group.  A bundle is a small node in the node:
+  what it has was taken out of the node's pool when its group was placed, and is there for that group's shapes alone.
 * A worker belongs to the environment of the first task that it is given (most have none, which is one as well), and
   runs tasks of that environment only.  So an environment always begins in a fresh process.
 """
@@ -20,13 +22,13 @@ not know objects or arguments: a task comes here once its dependencies are ready
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from minray.lineage import Request, Task, Template
 from minray.messages import AssignResources, Command, HoldNext, StartWorker, TakeBack
 from minray.policy import Policy
-from minray.task_spec import ACTOR_METHOD, PENDING_NODE_ASSIGNMENT, UNIT, Resources
+from minray.task_spec import ACTOR_METHOD, PENDING_NODE_ASSIGNMENT, UNIT, Placement, Resources
 
 if TYPE_CHECKING:
     from minray.actor_table import Actor
@@ -65,6 +67,7 @@ class WorkerRecord(Client):
         super().__init__(client)
         self.pid = 0  # 0: starting
         self.shape: Shape | None = None  # whose resources it holds; None: idle
+        self.pool: Pool | None = None  # that it holds them of
         self.in_flight: dict[bytes, Task] = {}  # handed over and not finished; in the order of execution
         self.blocked = 0  # requests that a task of its stands still for
         self.taking_back = False  # asked to give tasks back, has not answered, or had none
@@ -74,13 +77,59 @@ class WorkerRecord(Client):
         self.forgotten: dict[bytes, int] = {}  # those tasks, and which time that was, until it has read of it
         self.progressed_s = 0.0  # when it last finished or was given a first task
         self.gpu_ids: tuple[int, ...] = ()
-        self.assigned: Resources | None = None  # what it was last told of its resources
+        self.assigned: tuple[Resources, Placement] | None = None  # what it was last told of its resources
         self.known: set[int] = set()  # templates that it has been told
         self.known_functions: set[bytes] = set()
         self.environment = ""  # that it was told to set up, as in TaskOptions
         self.calls: Counter[bytes] = Counter()  # by function: those with max_calls
         self.started_s = 0.0
         self.idle_since = 0.0
+
+
+class Pool:
+    """Resources that can be leased.  Changed by the scheduler alone; `available` has the names of `total`.
+
+    A CPU count may be negative for a while: a worker that was blocked has taken back what it had lent."""
+
+    __slots__ = ("total", "available", "gpus")
+
+    def __init__(self, total: dict[str, int], gpus: dict[int, int]) -> None:
+        self.total = total
+        self.available = dict(total)
+        self.gpus = gpus  # by number: how much of it is free
+
+    def fits(self, shape: Shape) -> bool:
+        for name, amount in shape.resources:
+            if self.available.get(name, 0) < amount:
+                return False
+        return not shape.num_gpus or choose_gpus(self.gpus, shape.num_gpus) is not None
+
+    def room_for(self, shape: Shape) -> int:
+        return min(self.available.get(name, 0) // amount for name, amount in shape.resources)
+
+
+def choose_gpus(free: dict[int, int], amount: int) -> tuple[int, ...] | None:
+    """Whole GPUs, or one with that fraction free (the fullest that fits, so that whole ones stay whole)."""
+    if amount >= UNIT:
+        whole = [gpu for gpu, left in free.items() if left == UNIT]
+        count = amount // UNIT
+        return tuple(whole[:count]) if len(whole) >= count else None
+    fitting = [(left, gpu) for gpu, left in free.items() if left >= amount]
+    return (min(fitting)[1],) if fitting else None
+
+
+class Bundle(Pool):
+    """Of a placement group.  Before it is placed, and after its removal, nothing of it is available."""
+
+    __slots__ = ("placed",)
+
+    def __init__(self, total: dict[str, int]) -> None:
+        super().__init__(total, {})
+        self.available = dict.fromkeys(total, 0)
+        self.placed = False
+
+    def fits(self, shape: Shape) -> bool:
+        return self.placed and super().fits(shape)
 
 
 class Shape:
@@ -92,12 +141,17 @@ class Shape:
     """
 
     def __init__(
-        self, resources: Resources, exclusive: bool, environment: str = "", counted: tuple[bytes, int] | None = None
-    ) -> None:
+        self, resources: Resources, exclusive: bool, pools: tuple[Pool, ...] = (), bound: bool = False,
+        placement: Placement = (), environment: str = "", counted: tuple[bytes, int] | None = None,
+    ) -> None:  # fmt: skip
         self.resources = resources
         self.exclusive = exclusive  # actor creations: each wants a worker to itself, for good
+        self.pools = pools  # where its leases may draw from, the first that fits; empty: nowhere, ever
+        self.bound = bound  # to this node: its tasks run here or nowhere
+        self.placement = placement  # in a placement group: which
         self.environment = environment
         self.counted = counted  # (function ID, max_calls): after so many of them a worker is replaced
+        self.key: tuple[Any, ...] = ()  # under which the scheduler finds it
         self.queue: deque[Task] = deque()
         self.gaps = 0
         self.leased: dict[int, WorkerRecord] = {}
@@ -137,6 +191,21 @@ class Shape:
             self.gaps = 0
 
 
+def _divided(free: dict[int, int], bundles: Sequence[Bundle]) -> list[dict[int, int]] | None:
+    """Which part of which GPU each bundle would get of what is free, the large ones first; None: not enough."""
+    left = dict(free)
+    parts: list[dict[int, int]] = [{} for _ in bundles]
+    for index in sorted(range(len(bundles)), key=lambda index: -bundles[index].total.get("GPU", 0)):
+        amount = bundles[index].total.get("GPU", 0)
+        chosen = choose_gpus(left, amount) if amount else ()
+        if chosen is None:
+            return None
+        for gpu in chosen:
+            parts[index][gpu] = min(amount, UNIT)
+            left[gpu] -= min(amount, UNIT)
+    return parts
+
+
 class Scheduler:
     def __init__(
         self,
@@ -145,8 +214,10 @@ class Scheduler:
         out: list[Command],
         run: Callable[[WorkerRecord, list[Task], float], None],
     ) -> None:
-        self.total = dict(resources)
-        self.available = dict(resources)
+        self.pool = Pool(dict(resources), dict.fromkeys(range(resources.get("GPU", 0) // UNIT), UNIT))
+        self.total = self.pool.total
+        self.available = self.pool.available
+        self.bundles: dict[Bundle, None] = {}  # placed: what they have is not in the pool
         self.policy = policy
         self.shapes: dict[tuple[Any, ...], Shape] = {}
         self.apart = False  # not every worker may run every task: there are environments, or a max_calls
@@ -156,7 +227,6 @@ class Scheduler:
         self.starting = 0
         self.pool_size = max(1, resources.get("CPU", 0) // UNIT)
         self.wake_at: float | None = None  # wants a Ticked event by then
-        self._gpu_free = [UNIT] * (resources.get("GPU", 0) // UNIT)
         self._workers_made = 0
         self._out = out
         self._run = run
@@ -164,16 +234,26 @@ class Scheduler:
     # ------------------------------------------------------------ tasks
 
     def shape_for(
-        self, resources: Resources, exclusive: bool, environment: str = "", counted: tuple[bytes, int] | None = None
-    ) -> Shape:
-        key = (resources, exclusive, environment, counted)
+        self, resources: Resources, exclusive: bool, environment: str = "", counted: tuple[bytes, int] | None = None,
+        where: tuple[Any, ...] = (), pools: tuple[Pool, ...] | None = None,
+    ) -> Shape:  # fmt: skip
+        """`where`: its tasks run here or nowhere, drawing from `pools`: in that placement group, or because of the
+        node's labels."""
+        key = (resources, exclusive, environment, counted, where)
         if key not in self.shapes:
-            self.shapes[key] = Shape(*key)
+            placement = where if len(where) == 3 else ()
+            shape = self.shapes[key] = Shape(
+                resources, exclusive, (self.pool,) if pools is None else pools, bool(where), placement, environment,
+                counted,
+            )  # fmt: skip
+            shape.key = key
             self.apart = self.apart or bool(environment or counted)
         return self.shapes[key]
 
     def feasible(self, shape: Shape) -> bool:
-        return all(self.total.get(name, 0) >= amount for name, amount in shape.resources)
+        return any(
+            all(pool.total.get(name, 0) >= amount for name, amount in shape.resources) for pool in shape.pools
+        )
 
     def enqueue(self, task: Task) -> None:
         task.state = PENDING_NODE_ASSIGNMENT
@@ -222,17 +302,17 @@ class Scheduler:
                 if not shape.queue:
                     del self.active[shape]
                 elif not shape.starved:
-                    self._wake_by(now + STARVED_S)  # To see whether what it waits for will ever be free.
+                    self.wake_by(now + STARVED_S)  # To see whether what it waits for will ever be free.
         if self.idle and len(self.idle) < len(self.workers):
             self._take_back(now)
 
     def _serve_actors(self, shape: Shape, now: float) -> None:
-        while shape.queue and self._fits(shape):
+        while shape.queue and (pool := self._pool_for(shape)) is not None:
             idle = self._idle_for(shape) if self.apart else self.idle
             if not idle:
                 self._start_workers(shape.waiting)
                 return
-            self._run(self._lease(shape, idle), shape.take(1), now)
+            self._run(self._lease(shape, pool, idle), shape.take(1), now)
         if not self.idle and not self.starting:
             self._start_for_prefetched()
 
@@ -241,19 +321,19 @@ class Scheduler:
         would wait behind a long task, with their resources free and nobody to take them back."""
         for worker in self.workers.values():
             if len(worker.in_flight) > 1 and worker.shape is not None and worker.actor is None:
-                if self._fits(worker.shape):
+                if self._pool_for(worker.shape) is not None:
                     self.start_worker()
                     return
 
     def _serve(self, shape: Shape, now: float) -> None:
         waiting = shape.waiting
         new = 0
-        while new < waiting and self._fits(shape):
+        while new < waiting and (pool := self._pool_for(shape)) is not None:
             idle = self._idle_for(shape) if self.apart else self.idle
             if not idle:
                 self._start_workers(min(waiting - new, self.room_for(shape)))
                 break
-            self._lease(shape, idle)
+            self._lease(shape, pool, idle)
             new += 1
         # Level the tasks over the workers, the newest first, each up to what it should prefetch.
         workers = [w for w in reversed(shape.leased.values()) if not w.blocked and not w.taking_back]
@@ -284,13 +364,13 @@ class Scheduler:
         worker.calls[function_id] += 1
         if worker.calls[function_id] >= max_calls:
             worker.environment = SPENT
-            self._wake_by(now)
+            self.wake_by(now)
 
     def _now_idle(self, worker: WorkerRecord, now: float) -> None:
         worker.idle_since = now
         self.idle[worker.client] = worker
         if len(self.idle) > self.pool_size:
-            self._wake_by(now if self._too_many() > 0 else now + IDLE_WORKER_S)
+            self.wake_by(now if self._too_many() > 0 else now + IDLE_WORKER_S)
 
     def _too_many(self) -> int:
         """How many idle workers must not wait for their end: each environment would keep some otherwise."""
@@ -312,70 +392,77 @@ class Scheduler:
 
     # ------------------------------------------------------------ resources
 
-    def _fits(self, shape: Shape) -> bool:
-        for name, amount in shape.resources:
-            if self.available.get(name, 0) < amount:
-                return False
-        if not shape.resources:  # Nothing bounds it but this.
-            return shape.exclusive or self.room_for(shape) > 0
-        return not shape.num_gpus or self._choose_gpus(shape.num_gpus) is not None
+    def add_resources(self, resources: Resources) -> None:
+        pool = self.pool
+        for name, amount in resources:
+            pool.total[name] = pool.total.get(name, 0) + amount
+            pool.available[name] = pool.available.get(name, 0) + amount
+        self.pool_size = max(1, pool.total.get("CPU", 0) // UNIT)
+        for gpu in range(len(pool.gpus), pool.total.get("GPU", 0) // UNIT):
+            pool.gpus[gpu] = UNIT
+
+    def _pool_for(self, shape: Shape) -> Pool | None:
+        """The first pool with its resources free."""
+        if not shape.resources and not shape.exclusive and self.room_for(shape) <= 0:
+            return None  # Nothing bounds it but this.
+        for pool in shape.pools:
+            if pool.fits(shape):
+                return pool
+        return None
 
     def could_lease(self, shape: Shape) -> bool:
         """Whether its resources are free just now."""
-        return self._fits(shape)
+        return self._pool_for(shape) is not None
 
     def room_for(self, shape: Shape) -> int:
         """How many more workers the free resources allow for this shape."""
         if not shape.resources:
             return max(8, 4 * self.pool_size) - sum(1 for w in shape.leased.values() if not w.blocked)
-        return min(self.available.get(name, 0) // amount for name, amount in shape.resources)
+        return sum(max(0, pool.room_for(shape)) for pool in shape.pools)
 
-    def _choose_gpus(self, amount: int) -> tuple[int, ...] | None:
-        """Whole GPUs, or one with that fraction free (the fullest that fits, so that whole ones stay whole)."""
-        if amount >= UNIT:
-            free = [gpu for gpu, left in enumerate(self._gpu_free) if left == UNIT]
-            count = amount // UNIT
-            return tuple(free[:count]) if len(free) >= count else None
-        fitting = [(left, gpu) for gpu, left in enumerate(self._gpu_free) if left >= amount]
-        return (min(fitting)[1],) if fitting else None
-
-    def _lease(self, shape: Shape, idle: dict[int, WorkerRecord]) -> WorkerRecord:
+    def _lease(self, shape: Shape, pool: Pool, idle: dict[int, WorkerRecord]) -> WorkerRecord:
         worker = self.policy.pick_worker(idle)
         del self.idle[worker.client]
         worker.shape = shape
+        worker.pool = pool
         if not shape.exclusive:
             shape.leased[worker.client] = worker
         for name, amount in shape.resources:
-            self.available[name] -= amount
+            pool.available[name] -= amount
         if shape.num_gpus:
-            worker.gpu_ids = self._choose_gpus(shape.num_gpus) or ()
-            self._charge_gpus(worker, shape, -1)
-        if worker.assigned != shape.resources or worker.gpu_ids:
-            worker.assigned = shape.resources
+            worker.gpu_ids = choose_gpus(pool.gpus, shape.num_gpus) or ()
+            self._charge_gpus(worker, shape, pool, -1)
+        told = (shape.resources, shape.placement)
+        if worker.assigned != told or worker.gpu_ids:
+            worker.assigned = told
             amounts = {name: amount / UNIT for name, amount in shape.resources}
-            self._out.append(AssignResources(worker.client, amounts.get("CPU", 0), worker.gpu_ids, amounts))
+            self._out.append(
+                AssignResources(worker.client, amounts.get("CPU", 0), worker.gpu_ids, amounts, shape.placement)
+            )
         return worker
 
-    def _charge_gpus(self, worker: WorkerRecord, shape: Shape, sign: int) -> None:
+    def _charge_gpus(self, worker: WorkerRecord, shape: Shape, pool: Pool, sign: int) -> None:
         for gpu in worker.gpu_ids:
-            self._gpu_free[gpu] += sign * min(shape.num_gpus, UNIT)
+            pool.gpus[gpu] += sign * min(shape.num_gpus, UNIT)
 
     def _end_lease(self, worker: WorkerRecord) -> None:
-        shape = worker.shape
-        if shape is None:
+        shape, pool = worker.shape, worker.pool
+        if shape is None or pool is None:
             return
         for name, amount in shape.resources:
             if name != "CPU" or not worker.blocked:
-                self.available[name] += amount
+                pool.available[name] += amount
         if worker.gpu_ids:
-            self._charge_gpus(worker, shape, +1)
+            self._charge_gpus(worker, shape, pool, +1)
             worker.gpu_ids = ()
         shape.leased.pop(worker.client, None)
-        worker.shape = None
+        worker.shape = worker.pool = None
 
     def _adjust_cpu(self, worker: WorkerRecord, sign: int) -> None:
-        if worker.shape is not None:
-            self.available["CPU"] = self.available.get("CPU", 0) + sign * dict(worker.shape.resources).get("CPU", 0)
+        """What a worker in a placement group lends stays in its bundle: others of the group may use it."""
+        if worker.shape is not None and worker.pool is not None:
+            available = worker.pool.available
+            available["CPU"] = available.get("CPU", 0) + sign * dict(worker.shape.resources).get("CPU", 0)
 
     def block(self, worker: WorkerRecord) -> None:
         """It stands still in get() or wait(): others may use its CPUs."""
@@ -387,6 +474,49 @@ class Scheduler:
         worker.blocked -= 1
         if worker.blocked == 0:
             self._adjust_cpu(worker, -1)
+
+    # ------------------------------------------------------------ bundles of placement groups
+
+    def reserve(self, bundles: Sequence[Bundle]) -> bool:
+        """Take all of them out of the node's pool, or none: whether there was enough."""
+        gpus = _divided(self.pool.gpus, bundles)
+        wanted = Counter[str]()
+        for bundle in bundles:
+            wanted.update(bundle.total)
+        if gpus is None or any(self.available.get(name, 0) < amount for name, amount in wanted.items()):
+            return False
+        for name, amount in wanted.items():
+            self.available[name] -= amount
+        for bundle, parts in zip(bundles, gpus):
+            bundle.placed = True
+            bundle.available = dict(bundle.total)
+            bundle.gpus = parts
+            for gpu, part in parts.items():
+                self.pool.gpus[gpu] -= part
+            self.bundles[bundle] = None
+        return True
+
+    def could_ever_reserve(self, bundles: Sequence[Bundle]) -> bool:
+        """Whether an empty node has all of it."""
+        wanted = Counter[str]()
+        for bundle in bundles:
+            wanted.update(bundle.total)
+        enough = all(self.total.get(name, 0) >= amount for name, amount in wanted.items())
+        return enough and _divided(dict.fromkeys(self.pool.gpus, UNIT), bundles) is not None
+
+    def give_back(self, bundles: Sequence[Bundle]) -> None:
+        """Their group is removed: no worker holds anything of them any more."""
+        for bundle in bundles:
+            if bundle.placed:
+                assert bundle.available == bundle.total, "a bundle is given back in part"
+                for name, amount in bundle.total.items():
+                    self.available[name] += amount
+                for gpu, part in bundle.gpus.items():
+                    self.pool.gpus[gpu] += part
+                bundle.placed = False
+                bundle.available = dict.fromkeys(bundle.total, 0)
+                bundle.gpus = {}
+                del self.bundles[bundle]
 
     # ------------------------------------------------------------ workers
 
@@ -415,7 +545,7 @@ class Scheduler:
         self.idle.pop(worker.client, None)
         self._end_lease(worker)
 
-    def _wake_by(self, deadline: float) -> None:
+    def wake_by(self, deadline: float) -> None:
         if self.wake_at is None or deadline < self.wake_at:
             self.wake_at = deadline
 
@@ -431,25 +561,35 @@ class Scheduler:
             if now >= worker.idle_since + IDLE_WORKER_S or position < too_many:
                 ending.append(worker)
             else:
-                self._wake_by(worker.idle_since + IDLE_WORKER_S)
+                self.wake_by(worker.idle_since + IDLE_WORKER_S)
                 break
         return ending
 
     def starved(self, now: float) -> list[Task]:
-        """Tasks that have waited long for what only actors hold, so perhaps for ever: one a shape, told once."""
+        """Tasks that have waited long for what only actors and placement groups hold, so perhaps for ever: one a shape,
+        told once."""
         found = []
         for shape in self.active:
             task = next((task for task in shape.queue if task.state == PENDING_NODE_ASSIGNMENT), None)
             if shape.starved or task is None or now < task.submitted_s + STARVED_S:
                 continue
-            held_by_actors = Counter[str]()
-            for worker in self.workers.values():
-                if worker.actor is not None and worker.shape is not None and not worker.blocked:
-                    held_by_actors.update(dict(worker.shape.resources))
-            if any(self.total.get(name, 0) - held_by_actors[name] < amount for name, amount in shape.resources):
+            if all(self._is_held_for_good(pool, shape) for pool in shape.pools):
                 shape.starved = True
                 found.append(task)
         return found
+
+    def _is_held_for_good(self, pool: Pool, shape: Shape) -> bool:
+        """Whether actors, and placement groups, hold so much of it that the shape has to wait for one to end."""
+        if isinstance(pool, Bundle) and not pool.placed:
+            return False  # It waits for its group, which is told of itself.
+        held = Counter[str]()
+        for worker in self.workers.values():
+            if worker.actor is not None and worker.shape is not None and worker.pool is pool and not worker.blocked:
+                held.update(dict(worker.shape.resources))
+        if pool is self.pool:
+            for bundle in self.bundles:
+                held.update(bundle.total)
+        return any(pool.total.get(name, 0) - held[name] < amount for name, amount in shape.resources)
 
     def held(self, now: float) -> list[WorkerRecord]:
         """Hold workers that are silent; return those that have been held long enough to look what they execute."""
@@ -459,14 +599,14 @@ class Scheduler:
                 if now >= worker.held_s + LOOK_AFTER_S:
                     due.append(worker)
                 else:
-                    self._wake_by(worker.held_s + LOOK_AFTER_S)
+                    self.wake_by(worker.held_s + LOOK_AFTER_S)
             elif worker.asked_s and len(worker.in_flight) > 1:
                 if now >= worker.asked_s + SILENT_S:
                     worker.held_s = now
                     self._out.append(HoldNext(worker.client))
-                    self._wake_by(now + LOOK_AFTER_S)
+                    self.wake_by(now + LOOK_AFTER_S)
                 else:
-                    self._wake_by(worker.asked_s + SILENT_S)
+                    self.wake_by(worker.asked_s + SILENT_S)
         return due
 
     def _take_back(self, now: float) -> None:
@@ -477,28 +617,28 @@ class Scheduler:
             if ahead < 1 or worker.taking_back or worker.blocked:
                 continue
             shape = worker.shape
-            if shape is None or shape.exclusive or shape.queue or not self._fits(shape):
+            if shape is None or shape.exclusive or shape.queue or self._pool_for(shape) is None:
                 continue
             mean_s = next(iter(worker.in_flight.values())).template.mean_s
             wait_s = TAKE_BACK_AFTER_S if mean_s is None else mean_s * ahead
             if now - worker.progressed_s > TAKE_BACK_AFTER_S:
                 wait_s = max(wait_s, now - worker.progressed_s)  # Slower than it used to be.
             if wait_s < TAKE_BACK_AFTER_S:
-                self._wake_by(now + TAKE_BACK_AFTER_S)
+                self.wake_by(now + TAKE_BACK_AFTER_S)
             elif wait_s > most:
                 victim, most = worker, wait_s
         if victim is not None:
             victim.taking_back = True
             victim.asked_s = now
-            self._wake_by(now + SILENT_S)
+            self.wake_by(now + SILENT_S)
             self._out.append(TakeBack(victim.client, len(victim.in_flight) // 2))
 
     # ------------------------------------------------------------ for tests
 
     def check(self) -> None:
         """Asserts what must hold between events; looks at everything."""
-        held = dict.fromkeys(self.total, 0)
-        gpu_free = [UNIT] * len(self._gpu_free)
+        pools = [self.pool, *self.bundles]
+        held = {pool: dict.fromkeys(pool.total, 0) for pool in pools}
         for worker in self.workers.values():
             shape, name = worker.shape, f"worker {worker.client}"
             if shape is None:
@@ -513,16 +653,20 @@ class Scheduler:
                 of_its_own = options.kind == ACTOR_METHOD or options.runtime_env == worker.environment
                 assert of_its_own, f"{name} runs {options.name}, which is of another environment"
             assert worker.blocked >= 0, f"{name} is blocked {worker.blocked} times"
+            pool = worker.pool
+            assert pool in held, f"{name} holds resources of a placement group that is not there"
             for resource, amount in shape.resources:
                 if resource != "CPU" or not worker.blocked:
-                    held[resource] += amount
-            for gpu in worker.gpu_ids:
-                gpu_free[gpu] -= min(shape.num_gpus, UNIT)
-        for resource, total in self.total.items():
-            free = self.available[resource]
-            assert free + held[resource] == total, f"{resource}: {free} free + {held[resource]} held, of {total}"
-            assert free >= 0 or resource == "CPU", f"{resource} is given out twice"
-        assert gpu_free == self._gpu_free and min(gpu_free, default=0) >= 0, f"GPUs: {self._gpu_free}, not {gpu_free}"
+                    held[pool][resource] += amount
+        for bundle in self.bundles:
+            for resource, amount in bundle.total.items():
+                held[self.pool][resource] += amount
+        for pool in pools:
+            for resource, total in pool.total.items():
+                free, used = pool.available[resource], held[pool][resource]
+                assert free + used == total, f"{resource}: {free} free + {used} held, of {total}"
+                assert free >= 0 or resource == "CPU", f"{resource} is given out twice"
+        self._check_gpus()
         assert self.starting == sum(1 for worker in self.workers.values() if not worker.pid)
         assert all(client in self.workers for client in self.idle), "an idle worker is gone"
         for shape in self.shapes.values():
@@ -530,3 +674,14 @@ class Scheduler:
             assert gaps == shape.gaps <= shape.waiting, f"{gaps} gaps among {len(shape.queue)}, not {shape.gaps}"
             assert (shape in self.active) == bool(shape.queue), "a queue is forgotten, or an empty one is not"
             assert all(worker is self.workers.get(client) for client, worker in shape.leased.items())
+
+    def _check_gpus(self) -> None:
+        """Of every GPU: what is free in the pool and in bundles, and what workers hold, is the whole."""
+        parts = Counter[int]()
+        for pool in (self.pool, *self.bundles):
+            assert min(pool.gpus.values(), default=0) >= 0, f"a GPU is given out twice: {pool.gpus}"
+            parts.update(pool.gpus)
+        for worker in self.workers.values():
+            for gpu in worker.gpu_ids:
+                parts[gpu] += min(worker.shape.num_gpus, UNIT) if worker.shape is not None else 0
+        assert all(parts[gpu] == UNIT for gpu in self.pool.gpus), f"GPUs: {dict(parts)}, each should be {UNIT}"

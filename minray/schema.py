@@ -32,9 +32,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from minray.task_spec import ACTOR_STATES, LOCATIONS, OBJECT_STATES, TASK_STATES, WORKER_STATES
+from minray.task_spec import ACTOR_STATES, LOCATIONS, OBJECT_STATES, PLACEMENT_GROUP_STATES, TASK_STATES, WORKER_STATES
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Stands in the file as ``PRAGMA user_version``; raise it when a table changes."""
 
 STORAGE_VERSION = 1
@@ -191,6 +191,7 @@ TABLES: dict[str, Table] = {
             state=(int, "Index into NODE_STATES."),
             resources=(str, "What it has in all, as a JSON object."),
             object_store_bytes=(int, "Capacity of its object store."),
+            labels=(str, "Its labels, as a JSON object."),
         ),
     ),
     "events": Table(
@@ -223,6 +224,22 @@ TABLES: dict[str, Table] = {
             size_bytes=(int, "Their sizes, added up."),
         ),
         key=("location", "state"),
+    ),
+    "placement_groups": Table(
+        "One row a placement group.  All that live stay, and the newest 100,000 removed.",
+        _columns(
+            no=(int, "Number of the group in this job."),
+            group_id=(bytes, "ID of the group, and of the object that its ready() returns."),
+            name=(str, "The name that get_placement_group() finds it by; NULL if it has none."),
+            strategy=(str, "PACK, SPREAD, STRICT_PACK or STRICT_SPREAD."),
+            bundles=(str, 'What it reserves, as a JSON array: [{"CPU": 1.0}].'),
+            state=(int, "Index into PLACEMENT_GROUP_STATES."),
+            detached=(int, '1 if lifetime="detached" was asked for.'),
+            requested_us=(int, "When it was asked for."),
+            placed_us=(int, "When its resources were reserved; NULL if they were not."),
+            removed_us=(int, "When it was removed; NULL while it lives."),
+            reason=(str, "Why it was removed, or can never be placed, in one line."),
+        ),
     ),
 }
 
@@ -349,6 +366,14 @@ FROM workers w LEFT JOIN actors a ON a.no = w.actor_no""",
 FROM objects b LEFT JOIN tasks t ON t.no = b.task_no LEFT JOIN options o ON o.no = t.options_no""",
         ("creation_time_ms", "end_time_ms"),
     ),
+    "placement_group_view": View(
+        "Placement groups, with the column names of Ray's state API.",
+        f"""SELECT no, {_hex("group_id")} placement_group_id, name, {_JOB} creator_job_id,
+  {_name("state", PLACEMENT_GROUP_STATES)} state, strategy, bundles, detached is_detached, reason,
+  requested_us / 1000 start_time_ms, placed_us / 1000 placed_time_ms, removed_us / 1000 end_time_ms
+FROM placement_groups""",
+        ("is_detached", "reason", "start_time_ms", "placed_time_ms", "end_time_ms"),
+    ),
     "job_view": View(
         "Jobs, with the column names of Ray's state API.",
         f"""SELECT no, {_hex("job_id")} job_id, 'DRIVER' type, name, {_name("state", JOB_STATES)} status,
@@ -360,7 +385,7 @@ FROM objects b LEFT JOIN tasks t ON t.no = b.task_no LEFT JOIN options o ON o.no
         "Nodes, with the column names of Ray's state API.",
         f"""SELECT no, {_hex("node_id")} node_id, host node_ip, no = 1 is_head_node,
   {_name("state", NODE_STATES)} state, host node_name, resources resources_total,
-  object_store_bytes FROM nodes""",
+  object_store_bytes, labels FROM nodes""",
     ),
     "event_view": View(
         "Events, with times to read.",
@@ -423,6 +448,7 @@ def documentation() -> Iterator[str]:
     for name, names in {
         "TASK_STATES": TASK_STATES,
         "ACTOR_STATES": ACTOR_STATES,
+        "PLACEMENT_GROUP_STATES": PLACEMENT_GROUP_STATES,
         "WORKER_STATES": WORKER_STATES,
         "OBJECT_STATES": OBJECT_STATES,
         "LOCATIONS": LOCATIONS,

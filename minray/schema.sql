@@ -101,6 +101,7 @@ CREATE TABLE "nodes" (
    "state" INTEGER,
    "resources" TEXT,
    "object_store_bytes" INTEGER,
+   "labels" TEXT,
    "checksum" INTEGER
 );
 CREATE TABLE "events" (
@@ -127,6 +128,20 @@ CREATE TABLE "object_totals" (
    "size_bytes" INTEGER,
    "checksum" INTEGER,
    PRIMARY KEY ("location", "state")
+);
+CREATE TABLE "placement_groups" (
+   "no" INTEGER PRIMARY KEY,
+   "group_id" BLOB,
+   "name" TEXT,
+   "strategy" TEXT,
+   "bundles" TEXT,
+   "state" INTEGER,
+   "detached" INTEGER,
+   "requested_us" INTEGER,
+   "placed_us" INTEGER,
+   "removed_us" INTEGER,
+   "reason" TEXT,
+   "checksum" INTEGER
 );
 CREATE VIEW "task_view" AS SELECT t.no, nullif(lower(hex(t.task_id)), '') task_id, t.attempt attempt_number, o.name,
   CASE t.state WHEN 0 THEN 'PENDING_ARGS_AVAIL' WHEN 1 THEN 'PENDING_NODE_ASSIGNMENT' WHEN 2 THEN 'SUBMITTED_TO_WORKER' WHEN 3 THEN 'RUNNING' WHEN 4 THEN 'FINISHED' WHEN 5 THEN 'FAILED' END state, (SELECT nullif(lower(hex(job_id)), '') FROM jobs LIMIT 1) job_id, nullif(lower(hex(a.actor_id)), '') actor_id,
@@ -157,12 +172,16 @@ CREATE VIEW "object_view" AS SELECT b.no, nullif(lower(hex(b.object_id)), '') ob
   coalesce(nullif(lower(hex(t.task_id)), ''), (SELECT nullif(lower(hex(job_id)), '') FROM jobs LIMIT 1)) task_id, o.name task_name, (SELECT nullif(lower(hex(job_id)), '') FROM jobs LIMIT 1) job_id,
   b.created_us / 1000 creation_time_ms, b.freed_us / 1000 end_time_ms
 FROM objects b LEFT JOIN tasks t ON t.no = b.task_no LEFT JOIN options o ON o.no = t.options_no;
+CREATE VIEW "placement_group_view" AS SELECT no, nullif(lower(hex(group_id)), '') placement_group_id, name, (SELECT nullif(lower(hex(job_id)), '') FROM jobs LIMIT 1) creator_job_id,
+  CASE state WHEN 0 THEN 'PENDING' WHEN 1 THEN 'CREATED' WHEN 2 THEN 'REMOVED' WHEN 3 THEN 'INFEASIBLE' END state, strategy, bundles, detached is_detached, reason,
+  requested_us / 1000 start_time_ms, placed_us / 1000 placed_time_ms, removed_us / 1000 end_time_ms
+FROM placement_groups;
 CREATE VIEW "job_view" AS SELECT no, nullif(lower(hex(job_id)), '') job_id, 'DRIVER' type, name, CASE state WHEN 0 THEN 'RUNNING' WHEN 1 THEN 'SUCCEEDED' WHEN 2 THEN 'FAILED' END status,
   entrypoint, driver_pid, started_us / 1000 start_time, finished_us / 1000 end_time, namespace,
   minray_version, python_version, resources FROM jobs;
 CREATE VIEW "node_view" AS SELECT no, nullif(lower(hex(node_id)), '') node_id, host node_ip, no = 1 is_head_node,
   CASE state WHEN 0 THEN 'ALIVE' WHEN 1 THEN 'DEAD' END state, host node_name, resources resources_total,
-  object_store_bytes FROM nodes;
+  object_store_bytes, labels FROM nodes;
 CREATE VIEW "event_view" AS SELECT no, strftime('%Y-%m-%d %H:%M:%f', time_us / 1e6, 'unixepoch', 'localtime') time, kind, subject, message, time_us FROM events;
 CREATE VIEW "function_view" AS SELECT CASE o.kind WHEN 0 THEN coalesce(f.name, o.name) ELSE o.name END func_or_class_name, CASE o.kind WHEN 0 THEN 'NORMAL_TASK' WHEN 1 THEN 'ACTOR_CREATION_TASK' WHEN 2 THEN 'ACTOR_TASK' END type,
   CASE c.state WHEN 0 THEN 'PENDING_ARGS_AVAIL' WHEN 1 THEN 'PENDING_NODE_ASSIGNMENT' WHEN 2 THEN 'SUBMITTED_TO_WORKER' WHEN 3 THEN 'RUNNING' WHEN 4 THEN 'FINISHED' WHEN 5 THEN 'FAILED' END state, sum(c.tasks) tasks,
@@ -172,4 +191,4 @@ FROM (SELECT options_no, state, count(*) tasks, sum(finished_us - started_us) ru
   UNION ALL SELECT options_no, state, tasks, run_us, longest_us FROM task_totals) c
   LEFT JOIN options o ON o.no = c.options_no LEFT JOIN functions f ON f.no = o.function_no
 GROUP BY 1, 2, 3;
-PRAGMA user_version = 2;
+PRAGMA user_version = 3;

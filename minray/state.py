@@ -37,7 +37,7 @@ Filter = tuple[str, str, Any]
 
 _PREDICATES = ("=", "!=", "<", "<=", ">", ">=")
 _BOOLEANS = ("is_alive", "is_detached", "is_head_node")
-_JSON = ("required_resources", "resources", "resources_total")
+_JSON = ("required_resources", "resources", "resources_total", "bundles", "labels")
 
 
 class NoSessionError(LookupError):
@@ -125,6 +125,18 @@ def list_nodes(
     return _list("node_view", address, filters, limit, timeout, detail)
 
 
+def list_placement_groups(
+    address: str | None = None,
+    filters: Sequence[Filter] | None = None,
+    limit: int = 100,
+    timeout: float = 30,
+    detail: bool = False,
+    raise_on_missing_output: bool = True,
+) -> list[Row]:
+    """The newest placement groups, removed ones too; see `list_tasks`."""
+    return _list("placement_group_view", address, filters, limit, timeout, detail)
+
+
 def list_jobs(
     address: str | None = None,
     filters: Sequence[Filter] | None = None,
@@ -178,6 +190,11 @@ def get_node(id: str, address: str | None = None, timeout: float = 30) -> Row | 
     return _get("node_view", "node_id", id, address, timeout)
 
 
+def get_placement_group(id: str, address: str | None = None, timeout: float = 30) -> Row | None:
+    """All about one placement group, by its ID (or short form); None if no row has it."""
+    return _get("placement_group_view", "placement_group_id", id, address, timeout)
+
+
 def get_job(id: str, address: str | None = None, timeout: float = 30) -> Row | None:
     """All about one job, by its ID or a start of it; None if no row has it."""
     return _get("job_view", "job_id", id, address, timeout)
@@ -227,6 +244,19 @@ def summarize_actors(address: str | None = None, timeout: float = 30) -> dict[st
             about["state_counts"][state] = actors
     total = sum(sum(about["state_counts"].values()) for about in classes.values())
     return _summary(classes, "class", total_actors=total)
+
+
+def summarize_placement_groups(address: str | None = None, timeout: float = 30) -> dict[str, Any]:
+    """Counts of placement groups by strategy and state, in the form of `summarize_tasks`."""
+    strategies: dict[str, dict[str, Any]] = {}
+    with reading(address, timeout) as database:
+        for strategy, state, groups in database.execute(
+            "SELECT strategy, state, count(*) FROM placement_group_view GROUP BY 1, 2 ORDER BY min(no)"
+        ):
+            about = strategies.setdefault(strategy, {"strategy": strategy, "state_counts": {}})
+            about["state_counts"][state] = groups
+    total = sum(sum(about["state_counts"].values()) for about in strategies.values())
+    return _summary(strategies, "strategy", total_placement_groups=total)
 
 
 def summarize_objects(address: str | None = None, timeout: float = 30) -> dict[str, Any]:

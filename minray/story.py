@@ -1,6 +1,6 @@
 """What happened, in order of time: the story of one task, and the timeline of a session.
 
-Owns `story` (everything the GCS file knows about one task, object, actor or worker), `tell` (the
+Owns `story` (everything the GCS file knows about one task, object, actor, group or worker), `tell` (the
 same as lines of text) and `timeline` (Chrome's trace format, for chrome://tracing or
 https://ui.perfetto.dev).
 
@@ -40,6 +40,8 @@ def story(id: str, address: str | None = None, timeout: float = 30) -> list[Row]
                 rows += _story_of_task(database, maker)
             else:  # The driver has put it.
                 rows += _events(database, about["object_id"])
+        elif about := find(database, "placement_group_view", "placement_group_id", id):
+            rows = list(_story_of_group(about)) + _events(database, about["placement_group_id"])
         elif about := find(database, "worker_view", "worker_id", id):
             rows = list(_story_of_worker(database, about))
         elif "." in id:  # A small result has no row of its own; its task has.
@@ -240,6 +242,14 @@ def _story_of_object(about: Row) -> Iterator[Row]:
     yield _entry(at and at * 1000, "object", text)
     if about["end_time_ms"]:
         yield _entry(about["end_time_ms"] * 1000, "freed", f"is {about['state']}: nothing needs it any more")
+
+
+def _story_of_group(about: Row) -> Iterator[Row]:
+    name = f"{about['name']!r} " if about["name"] else ""
+    text = f"placement group {name}{short_id(about['placement_group_id'])}: {about['strategy']} of {about['bundles']}"
+    yield _entry(about["start_time_ms"] * 1000, "placement_group", text)
+    if about["placed_time_ms"]:
+        yield _entry(about["placed_time_ms"] * 1000, "placed", "was placed: what its bundles ask for is reserved")
 
 
 _OF_OBJECTS = {

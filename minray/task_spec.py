@@ -10,7 +10,7 @@ Nothing here knows of queues, workers or time.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
 TASK_STATES = (
     "PENDING_ARGS_AVAIL",
@@ -24,6 +24,9 @@ PENDING_ARGS_AVAIL, PENDING_NODE_ASSIGNMENT, SUBMITTED_TO_WORKER, RUNNING, FINIS
 
 ACTOR_STATES = ("DEPENDENCIES_UNREADY", "PENDING_CREATION", "ALIVE", "RESTARTING", "DEAD")
 DEPENDENCIES_UNREADY, PENDING_CREATION, ALIVE, RESTARTING, DEAD = range(5)
+
+PLACEMENT_GROUP_STATES = ("PENDING", "CREATED", "REMOVED", "INFEASIBLE")
+PENDING, CREATED, REMOVED, INFEASIBLE = range(4)
 
 WORKER_STATES = ("STARTING", "ALIVE", "DEAD")
 OBJECT_STATES = ("PENDING", "READY", "FREED", "LOST")
@@ -48,6 +51,13 @@ Resources = tuple[tuple[str, int], ...]
 """Sorted (name, ten-thousandths) pairs: a task's demand, and the key of its queue."""
 
 
+Placement = Union[tuple[()], tuple[bytes, int, bool]]
+"""In which placement group: its ID, the bundle (-1: any of them), and whether children go there, too.  (): in none."""
+
+Conditions = tuple[tuple[str, str, tuple[str, ...]], ...]
+"""What a node's labels must be, all of it: (label, one of placement.OPERATORS, values)."""
+
+
 class TaskOptions(NamedTuple):
     """What all calls of one function (with the same options) share.  Plain data: it travels and is stored."""
 
@@ -70,6 +80,8 @@ class TaskOptions(NamedTuple):
     concurrency_group: str = ""  # of a method; "": none
     runtime_env: str = ""  # JSON, as `runtime_env.resolve` makes it; "": none, the process as it is forked
     max_calls: int = 0  # so many calls of this function, and the worker is replaced; 0: never
+    placement: Placement = ()
+    labels: tuple[Conditions, ...] = ()  # of the node, what to try one after the other; (): any node will do
 
     @property
     def concurrency(self) -> int:

@@ -18,6 +18,8 @@ without one nothing here is called, and nothing tests a flag.  Everything is don
 Works in the driver, on the session that runs when the block begins.
 
 Left out: messages that are lost, doubled or reordered.  Between processes of one machine that does not happen.
+
+Two more tools of tests are to be found under this name: `explore` (explore.py) and `reset` (reset.py).
 """
 
 from __future__ import annotations
@@ -45,13 +47,21 @@ from minray.messages import (
     StartWorker, WorkerDied,
 )  # fmt: skip
 from minray.object_ref import ObjectRef
+from minray.explore import Exploration, ExplorationFailed, explore
 from minray.remote_function import RemoteFunction
+from minray.reset import Leftovers, reset
+from minray.stage import Deadlock
 from minray.zygote import GCS
 
 if TYPE_CHECKING:
     from minray.driver import Driver
     from minray.lineage import ObjectEntry
     from minray.scheduler import WorkerRecord
+
+__all__ = [
+    "Deadlock", "Exploration", "ExplorationFailed", "Faults", "FaultsNotFired", "Fired", "Leftovers", "drop", "explore",
+    "faults", "fill_store", "reset",
+]  # fmt: skip
 
 ROLES = ("gcs", "zygote", "driver")
 KINDS = ("kill_worker", "freeze", "drop", "kill_gcs", "kill_zygote")
@@ -124,6 +134,11 @@ class Faults:
         core = api.core()
         if core.client:
             raise RuntimeError("minray.testing.faults() works in the driver; this is a worker.")
+        if not hasattr(core, "zygote"):
+            raise RuntimeError(
+                "minray.testing.faults() kills processes, and a session in local mode has none. Use minray.init() "
+                "without local_mode for this test. minray.kill() and minray.cancel() work here, too."
+            )
         self._core: Driver = core  # type: ignore[assignment]
         self._raylet = self._core.raylet  # Its lock guards all that follows.
         self._node = self._core.node

@@ -37,7 +37,7 @@ from time import monotonic
 from types import CoroutineType, FrameType
 from typing import Any
 
-from minray import api, ids, object_ref, process_title
+from minray import api, exceptions, ids, object_ref, process_title
 from minray.clock import EPOCH
 from minray.channel import RECEIVE_BYTES, FrameReader, frame
 from minray.checkpoint import Checkpoints
@@ -57,7 +57,8 @@ from minray.output_labels import LabelledFile
 from minray.serialization import INLINE_LIMIT, deserialize, serialize, to_bytes
 from minray.surroundings import OWN_FDS_FROM, Surroundings
 from minray.task_spec import (
-    ACTOR_CREATION, ACTOR_EXITED, ACTOR_METHOD, CANCELLED, ERROR, OK, RETRYABLE_ERROR, STREAMING, TASK, TaskOptions,
+    ACTOR_CREATION, ACTOR_EXITED, ACTOR_METHOD, CANCELLED, ERROR, OK, RETRYABLE_ERROR, STREAMING, TASK, Placement,
+    TaskOptions,
     TaskSpec,
 )  # fmt: skip
 
@@ -101,28 +102,10 @@ class Worker(CoreWorker):
             from minray.code_digest import Digester
 
             self.digester = Digester()
-        high = fcntl.fcntl(sock.fileno(), fcntl.F_DUPFD_CLOEXEC, OWN_FDS_FROM)
-        sock.close()
-        self.sock = socket.socket(fileno=high)
-        wake_r, wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._wake_r = fcntl.fcntl(wake_r, fcntl.F_DUPFD_CLOEXEC, OWN_FDS_FROM)
-        self._wake_w = fcntl.fcntl(wake_w, fcntl.F_DUPFD_CLOEXEC, OWN_FDS_FROM)
-        os.close(wake_r)
-        os.close(wake_w)
-        self.arena = Arena.attach(config["arena"])
-        self._black_box = self.arena.write_view(black_box_offset(number), 16)
-        self._hold = self.arena.write_view(hold_offset(number), 1)  # set by the node, cleared here: see HoldNext
+        self._open_channel(sock, config, number)
         self._forgets = 0
         self._in_hand: tuple[Any, ...] | None = None  # what the main thread took from the queue last
         self._dropped: tuple[Any, ...] | None = None  # that one, if it was to be forgotten before it had started
-        self._reader = FrameReader()
-        self._roused = False  # something was dropped or submitted while the caretaker slept
-        self._spin = False  # the last read waited so little that spinning would have met it
-        self._poll_object = select.poll()
-        self._poll_object.register(self.sock, select.POLLIN)
-        self._poll_object.register(self._wake_r, select.POLLIN)
-        self.loop = Loop(self._poll, self._wake, "minray-caretaker")
-        self.loop.glance = self._mind_title  # A task that waits in get() leads the loop itself.
         self.queue: deque[tuple[Any, ...]] = deque()  # tasks not yet started
         self._work = Waiter()  # the main thread waits on it when the queue is empty
         self._idle = False
@@ -144,6 +127,7 @@ class Worker(CoreWorker):
         self._blocked = 0
         self.resources: dict[str, float] = {"CPU": 1.0}
         self.gpu_ids: tuple[int | str, ...] = ()
+        self._tokens: dict[Placement, object] = {}  # by what is captured
         self.actor: Any = None
         self.actor_id: bytes | None = None
         self.actor_options: TaskOptions | None = None
@@ -163,6 +147,31 @@ class Worker(CoreWorker):
         self._checkpoints: Checkpoints | None = None
         self._saving = False
         self._restore_from: tuple[int, Any] | None = None  # its number, and the checkpoint as it was fetched
+        self._settle_in()
+
+    def _open_channel(self, sock: socket.socket, config: dict[str, Any], number: int) -> None:
+        """What connects this process to the node.  (In local mode it is no process: local.py.)"""
+        high = fcntl.fcntl(sock.fileno(), fcntl.F_DUPFD_CLOEXEC, OWN_FDS_FROM)
+        sock.close()
+        self.sock = socket.socket(fileno=high)
+        wake_r, wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._wake_r = fcntl.fcntl(wake_r, fcntl.F_DUPFD_CLOEXEC, OWN_FDS_FROM)
+        self._wake_w = fcntl.fcntl(wake_w, fcntl.F_DUPFD_CLOEXEC, OWN_FDS_FROM)
+        os.close(wake_r)
+        os.close(wake_w)
+        self.arena = Arena.attach(config["arena"])
+        self._black_box = self.arena.write_view(black_box_offset(number), 16)
+        self._hold = self.arena.write_view(hold_offset(number), 1)  # set by the node, cleared here: see HoldNext
+        self._reader = FrameReader()
+        self._roused = False  # something was dropped or submitted while the caretaker slept
+        self._spin = False  # the last read waited so little that spinning would have met it
+        self._poll_object = select.poll()
+        self._poll_object.register(self.sock, select.POLLIN)
+        self._poll_object.register(self._wake_r, select.POLLIN)
+        self.loop = Loop(self._poll, self._wake, "minray-caretaker")
+        self.loop.glance = self._mind_title  # A task that waits in get() leads the loop itself.
+
+    def _settle_in(self) -> None:
         sys.stdout = sys.__stdout__ = _labelled(1, self)  # type: ignore[misc]
         sys.stderr = sys.__stderr__ = _labelled(2, self)  # type: ignore[misc]
         self.surroundings = Surroundings(self._on_interrupt)
@@ -349,11 +358,19 @@ class Worker(CoreWorker):
             return lambda *args, **kwargs: self._construct(function, options, args, kwargs)
         return function  # type: ignore[no-any-return]
 
+    def function_name(self, options: TaskOptions) -> str:
+        """As it was defined, not as the task is called."""
+        if options.kind == ACTOR_METHOD:
+            return f"{type(self.actor).__qualname__}.{options.method}"
+        loaded = self._loaded.get(options.function_id)
+        name: str = getattr(loaded, "__qualname__", options.name)
+        return f"{name}.__init__" if options.kind == ACTOR_CREATION else name
+
     def _construct(self, cls: Any, options: TaskOptions, args: Any, kwargs: Any) -> None:
         self.actor_id = self._context.task_id
         self.actor_options = options
         self._title = options.name.partition(".")[0]
-        process_title.show(self._title)
+        self._entitle(self._title)
         if options.checkpoint_every or options.checkpoint_interval_s:
             self._checkpoints = Checkpoints(cls, options)
             self._run_one = self._execute_and_save
@@ -546,7 +563,10 @@ class Worker(CoreWorker):
             wrapped = make_argument_error(error.args[0], options.name)
         else:
             actor_id = self.actor_id.hex() if self.actor_id is not None else None
-            wrapped = make_task_error(error, options.name, os.getpid(), actor_id=actor_id, actor_repr=self._repr())
+            ip = "127.0.0.1" if exceptions.name_prefix == "ray" else None  # Ray's form has it; it tells nothing here.
+            wrapped = make_task_error(
+                error, options.name, os.getpid(), ip=ip, actor_id=actor_id, actor_repr=self._repr()
+            )
         text = _one_line(error)
         if options.kind == ACTOR_CREATION:
             name = options.name.removesuffix(".__init__")
@@ -566,7 +586,9 @@ class Worker(CoreWorker):
         return ERROR, (to_bytes(serialize(wrapped)), text)
 
     def _repr(self) -> str | None:
-        if self.actor is None or type(self.actor).__repr__ is object.__repr__:  # type: ignore[comparison-overlap]
+        if self.actor is None:
+            return None
+        if type(self.actor).__repr__ is object.__repr__ and exceptions.name_prefix != "ray":  # type: ignore[comparison-overlap]
             return None
         try:
             return repr(self.actor)
@@ -574,6 +596,9 @@ class Worker(CoreWorker):
             return None
 
     # ------------------------------------------------------------ the title
+
+    def _entitle(self, title: str) -> None:
+        process_title.show(title)
 
     def _mind_title(self) -> float | None:
         """Look whether the process shall be called after a task; when to look again, in seconds.
@@ -792,10 +817,22 @@ class Worker(CoreWorker):
     def _on_DefineTemplate(self, template_no: int, options: tuple[Any, ...]) -> None:
         self._templates_known[template_no] = TaskOptions(*options)
 
-    def _on_AssignResources(self, num_cpus: float, gpu_ids: tuple[int, ...], resources: dict[str, float]) -> None:
+    def _on_AssignResources(
+        self, num_cpus: float, gpu_ids: tuple[int, ...], resources: dict[str, float], placement: Placement
+    ) -> None:
         names = self.config["gpus"]
         self.resources = resources
         self.gpu_ids = tuple(names[gpu] for gpu in gpu_ids) if names else gpu_ids
+        self._set_variables(num_cpus)
+        self.placement = placement
+        captured: Placement = (placement[0], -1, True) if placement and placement[2] else ()
+        if captured != self.captured:
+            # What remote functions know of their numbers here is true in one group (or outside of all).
+            self._tokens[self.captured] = self.token
+            self.captured = captured
+            self.token = self._tokens.setdefault(captured, object())
+
+    def _set_variables(self, num_cpus: float) -> None:
         if "CUDA_VISIBLE_DEVICES" not in self.config["environment"]:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpu_ids))
         if "OMP_NUM_THREADS" not in self.config["environment"]:

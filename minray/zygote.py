@@ -199,7 +199,10 @@ def main(fd: int) -> None:
             __import__(name)
     import minray.worker  # noqa: F401
 
-    process_title.prefix = config["title"]
+    if config["name_prefix"] == "ray":  # In the driver `ray` means minray.
+        from minray import as_ray
+
+        as_ray.install()
     process_title.begin()
     process_title.show("zygote")
     gc.collect()

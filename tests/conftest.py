@@ -51,6 +51,7 @@ def within(seconds):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "minray: of minray's own plugin, which these tests do not load; the guide shows it")
     config.addinivalue_line("markers", "notebook: runs a Jupyter notebook, where nbclient is installed")
     config.addinivalue_line("markers", "long: takes minutes; is skipped unless MINRAY_TEST_LONG=1 is in the environment")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

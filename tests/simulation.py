@@ -43,14 +43,14 @@ from typing import Any
 
 from minray import actor_table, ids, lineage, node_exact
 from minray.messages import (
-    DRIVER, ActorKillRequested, ArgumentLost, Command, DeleteFile, Event, GcsRecovered, GcsStalled, HoldNext, ItemsRequested, KillWorker, ObjectLost, ObjectPut, ReferencesChanged, Reply, RunTasks, StartWorker, TasksFinished, TasksSubmitted,
+    DRIVER, ActorKillRequested, ArgumentLost, Command, DeleteFile, Event, GcsRecovered, GcsStalled, HoldNext, ItemsRequested, KillWorker, ObjectLost, ObjectPut, PlacementGroupRemoved, PlacementGroupRequested, ReferencesChanged, Reply, RunTasks, StartWorker, TasksFinished, TasksSubmitted,
     Ticked, Warn, WorkerDied, WorkerStarted, event_from_wire,
 )  # fmt: skip
 from minray.lineage import FREED
 from minray.node import Node
 from minray.reference_counter import ReferenceCounter, References
 from minray.task_spec import (
-    ACTOR_CREATION, ACTOR_EXITED, ACTOR_METHOD, CANCELLED, DEAD, DYNAMIC, ERROR, FAILED, FINISHED, OK, RETRYABLE_ERROR, STREAMING, TASK, UNIT, ActorOptions,
+    ACTOR_CREATION, ACTOR_EXITED, ACTOR_METHOD, CANCELLED, DEAD, DYNAMIC, ERROR, FAILED, FINISHED, OK, REMOVED, RETRYABLE_ERROR, STREAMING, TASK, UNIT, ActorOptions,
     TaskOptions, TaskSpec,
 )  # fmt: skip
 
@@ -58,7 +58,12 @@ CPU, HALF, GPU, LICENSE, ROOM = ("CPU", UNIT), ("CPU", UNIT // 2), ("GPU", UNIT 
 FUNCTION = b"f" * 16
 
 PLAIN, TWO, FREE, SMALL, LICENSED, ON_GPU, NOTHING, IMPOSSIBLE, ACTOR, HUNGRY, CALL, LASTING_CALL, NO_ACTOR, EXACT, OWN_WAY, RETRIED_CALL, BUSY = range(17)
-STREAMED, PRESSED, LISTED, STREAMED_CALL = range(17, 21)
+STREAMED, PRESSED, LISTED, STREAMED_CALL, IN_ANY, IN_SECOND, IN_GPU, GUEST, EXACT_GUEST = range(17, 26)
+GROUPS = [ids.put_id(ids.root_task_id(b"groups"), number) for number in (1, 2)]
+BUNDLES = {
+    GROUPS[0]: (((CPU,), ()), ((HALF,), ())),
+    GROUPS[1]: (((HALF, GPU), ()), ((CPU,), ())),
+}
 TEMPLATES = [
     TaskOptions(TASK, FUNCTION, "plain", resources=(CPU,)),
     TaskOptions(TASK, FUNCTION, "two", num_returns=2, resources=(CPU,), max_retries=1, runtime_env='{"a": 1}'),
@@ -81,11 +86,16 @@ TEMPLATES = [
     TaskOptions(TASK, FUNCTION, "pressed", num_returns=2, resources=(CPU,), max_retries=1, retry_exceptions=True, streaming=STREAMING, backpressure=2),
     TaskOptions(TASK, FUNCTION, "listed", num_returns=2, resources=(CPU,), streaming=DYNAMIC),
     TaskOptions(ACTOR_METHOD, b"", "A.streamed", method="call", num_returns=2, max_retries=1, streaming=STREAMING),
+    TaskOptions(TASK, FUNCTION, "in_any", resources=(HALF,), placement=(GROUPS[0], -1, False)),
+    TaskOptions(TASK, FUNCTION, "in_second", resources=(CPU,), placement=(GROUPS[1], 1, True)),
+    TaskOptions(TASK, FUNCTION, "in_gpu", resources=(GPU,), max_retries=0, placement=(GROUPS[1], -1, False)),
+    TaskOptions(ACTOR_CREATION, FUNCTION, "G.__init__", max_retries=0, placement=(GROUPS[0], 0, False)),
+    TaskOptions(ACTOR_CREATION, FUNCTION, "H.__init__", resources=(HALF,), max_retries=0, checkpoint_every=1, placement=(GROUPS[1], -1, False)),
 ]
 NAMES = ("a", "b")
 KINDS = (PLAIN, PLAIN, PLAIN, PLAIN, TWO, FREE, SMALL, LICENSED, ON_GPU, NOTHING, IMPOSSIBLE)
 GENERATORS = (STREAMED, STREAMED, PRESSED, LISTED)
-BLOCKING = (PLAIN, TWO, FREE, SMALL, CALL, LASTING_CALL, RETRIED_CALL, STREAMED, LISTED)
+BLOCKING = (PLAIN, TWO, FREE, SMALL, CALL, LASTING_CALL, RETRIED_CALL, STREAMED, LISTED, IN_ANY, IN_SECOND)
 """Kinds of task that may wait: what they hold is lent meanwhile, so that others can go on."""
 
 NOT_STARTED, SAVED = -1, -2
@@ -660,7 +670,7 @@ class Worker(Process):
     def on_DefineTemplate(self, template_no: int, options: TaskOptions) -> None:
         self.sim.template_of[(self.client, template_no)] = TEMPLATES.index(options)
 
-    def on_AssignResources(self, num_cpus: float, gpu_ids: tuple[int, ...], resources: dict[str, float]) -> None:
+    def on_AssignResources(self, num_cpus: float, gpu_ids: tuple[int, ...], resources: dict[str, float], placement: Any) -> None:
         pass
 
     def on_SetUpEnvironment(self, environment: str) -> None:
@@ -1022,6 +1032,8 @@ class Machine:
             self.rows["tasks", row[0]] = row[5]
         for row in rows.get("actors", ()):
             self.rows["actors", row[0]] = row[6]
+        for row in rows.get("placement_groups", ()):
+            self.rows["placement_groups", row[0]] = row[5]
         for row in rows.get("objects", ()):
             self.rows["objects", row[0]] = row[3]
         for state, _, _, no in rows.get("object_updates", ()):
@@ -1055,7 +1067,7 @@ class Machine:
             elif type(command) is HoldNext:
                 self.everyone[command.client].held = True
             elif type(command) is Warn:
-                self.told_of_starvation = self.told_of_starvation or "actors hold too much" in command.text
+                self.told_of_starvation = self.told_of_starvation or "hold too much" in command.text
             elif type(command) is DeleteFile:
                 self.files.pop(command.path, None)
             elif type(command) is KillWorker:
@@ -1255,14 +1267,15 @@ class Machine:
         assert not left, f"{len(left)} tasks never ended: {[(t.template.options.name, t.state) for t in left]}"
         assert node.scheduler.available == node.scheduler.total
         for (table, number), state in self.rows.items():
-            ends = {"tasks": (FINISHED, FAILED), "actors": (DEAD,), "objects": (FREED,)}[table]
+            ends = {"tasks": (FINISHED, FAILED), "actors": (DEAD,), "objects": (FREED,), "placement_groups": (REMOVED,)}[table]
             assert state in ends, f"the GCS believes that {table} {number} is in state {state}"
         unknown = [no for no in self.tasks if ("tasks", no) not in self.rows and no not in self.unrecorded]
         assert not unknown, f"the GCS does not know tasks {unknown}"
         for process in self.processes.values():
             assert process.code is None and not process.queue, f"worker {process.client} is not idle"
         # Objects that an actor's state holds go when it has ended, and it has.
-        assert not node.objects, f"objects are left: {[ids.short(i) for i in node.objects]}"
+        left_over = [ids.short(i) for i in node.objects if i not in node.groups]
+        assert not left_over, f"objects are left: {left_over}"
         assert not node.lineage.tasks and not node.actors.actors and not node.actors.names
         assert all(offset in node._retired for offset in node.lineage.arena.blocks) and not node._grants
         assert not self.files, f"files are left: {list(self.files)}"
@@ -1290,6 +1303,7 @@ class Simulation(Machine):
     def __init__(self, seed: int, keep_trace: bool = False, check_every: int = 1) -> None:
         self.seed = seed
         self.rng = Random(seed)
+        self.group_rng = Random(f"groups {seed}")
         self.now = 1_000_000.0
         self.clock_is_off_s = 0.0  # what the node is told minus that
         self.faulty = True
@@ -1335,6 +1349,9 @@ class Simulation(Machine):
             self.after(self.rng.uniform(0.02, 0.2), self.set_clock)
         for _ in range(self.rng.choice((0, 0, 0, 1))):
             self.after(self.rng.uniform(0.02, 0.2), self.stall_gcs)
+        if self.seed % 4 == 3:  # The others are the runs that they were before there were groups.
+            for _ in range(self.group_rng.choice((1, 3, 6))):
+                self.after(self.group_rng.uniform(0, 0.15), self.use_group)
         self.until_all_is_quiet()
         self.end_who_starves_others()
         # Those that were found by name may hold handles to themselves.
@@ -1370,6 +1387,34 @@ class Simulation(Machine):
             for actor_id in holders:
                 self.handle(ActorKillRequested(DRIVER, actor_id, True))
             self.until_all_is_quiet()
+
+    def use_group(self) -> None:
+        """The driver asks for a placement group (it may be there, or have been there), uses it, and removes it later."""
+        if not self.faulty or self.driver.code is None:
+            return
+        rng, context = self.group_rng, self.driver.context
+        assert context is not None
+        group = rng.choice(GROUPS)
+        value = pickle.dumps((group, (), self.stamp()))
+        strategy = rng.choice(("PACK", "PACK", "PACK", "STRICT_PACK", "STRICT_SPREAD"))
+        if rng.random() < 0.9:
+            self.handle(PlacementGroupRequested(DRIVER, 0, group, list(BUNDLES[group]), strategy, "", False, value))
+        if rng.random() < 0.5:
+            context.hold((group,))
+        kinds = (IN_ANY, GUEST) if group == GROUPS[0] else (IN_SECOND, IN_GPU, EXACT_GUEST)
+        for _ in range(rng.choice((0, 1, 3, 6))):
+            template = rng.choice(kinds)
+            if TEMPLATES[template].kind == ACTOR_CREATION:
+                context.make_actor(template)
+            else:
+                context.submit(template)
+        self.driver.flush()
+        self.after(rng.uniform(0.001, 0.3), self.remove_group, group)
+        if rng.random() < 0.5:
+            self.after(rng.uniform(0.001, 0.1), self.use_group)
+
+    def remove_group(self, group: bytes) -> None:
+        self.handle(PlacementGroupRemoved(DRIVER, group))
 
     def trace_hash(self) -> str:
         assert self.trace is not None

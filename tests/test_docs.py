@@ -28,7 +28,7 @@ from pathlib import Path
 import pytest
 
 import minray
-from minray import command, schema
+from minray import as_ray, command, schema
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -110,6 +110,7 @@ def test_what_a_page_shows_runs_and_prints_what_it_shows(page, tmp_path, monkeyp
     finally:
         namespace.clear()
         minray.shutdown()
+        as_ray.uninstall()
 
 
 def docstrings():

@@ -9,7 +9,7 @@ from minray.task_spec import UNIT
 
 def test_whoever_asks_for_more_is_served_first() -> None:
     small, large, special = (
-        Shape(resources, False)
+        Shape(resources, False, ())
         for resources in ((("CPU", UNIT),), (("CPU", 4 * UNIT),), (("CPU", UNIT), ("license", UNIT)))
     )
     assert Policy().order([small, large, special]) == [special, large, small]

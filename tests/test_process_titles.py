@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import minray
-from minray import process_title
+from minray import exceptions
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="titles are Linux's")
 
@@ -117,7 +117,7 @@ def has_ps():
 
 
 def test_a_prefix_of_ones_own(monkeypatch):
-    monkeypatch.setattr(process_title, "prefix", "ray")
+    monkeypatch.setattr(exceptions, "name_prefix", "ray")
     with minray.init(num_cpus=1):
         assert title_of(minray.get(Painter.remote().pid.remote()))[1] == "ray::Painter"
 

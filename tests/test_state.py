@@ -59,7 +59,7 @@ def session(tmp_path: Path) -> str:
     put, result = ids.put_id(ROOT, 1), ids.return_id(task_id(1), 1)
     tables = {
         "jobs": [(1, ROOT, None, "python demo.py", 77, 0, T0, None, "0.1", "3.12", "", '{"CPU": 2}')],
-        "nodes": [(1, b"\xee" * 16, "laptop", 0, '{"CPU": 2}', 1 << 30)],
+        "nodes": [(1, b"\xee" * 16, "laptop", 0, '{"CPU": 2}', 1 << 30, "{}")],
         "functions": [
             (1, b"f" * 16, "resize", "demo", b"code", None),
             (2, b"c" * 16, "Counter", "demo", b"code", None),

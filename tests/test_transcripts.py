@@ -8,7 +8,8 @@ says must be what stands there.  After a deliberate change
 writes the new conversations, and a reviewer reads the difference.  The notation, by the first sign of a line:
 
     @ node cpus=1 workers=1     before the story: the node (store=1MB is its arena), and options that are not the
-    @ f max_retries=1           defaults: of a function f, an actor class Counter, a method Counter.add
+    @ f max_retries=1           defaults: of a function f, an actor class Counter, a method Counter.add;
+    @ f group=P/0               group=P: in that placement group, P/0 in its first bundle, P/0+ with its children
     > worker-1 TasksFinished A="42"     an event of messages.py, and from whom; "5 ms later, " may stand before it
     < worker-2 StartWorker      what the node commands because of it: all of it, in this order, or `nothing`
     < clock ticks in 5 ms       when the node next wants to be told that time has passed, if that has changed
@@ -181,6 +182,9 @@ class World:
                 options = options._replace(**{key: type(getattr(options, key))(float(value))})
                 if key == "streaming":
                     options = options._replace(num_returns=2)
+            elif key == "group":  # P: any bundle of that placement group; P/0: the first; P/0+: children go there, too
+                name, _, index = value.rstrip("+").partition("/")
+                options = options._replace(placement=(self.id(name), int(index or -1), value.endswith("+")))
             elif key in OF_ACTORS:
                 actor[key] = int(value) if key == "max_restarts" else value
             elif key == "runtime_env":
@@ -256,6 +260,10 @@ class World:
         word = found[3] or {"cancelled": "cancelled", "exited": "it called exit_actor()"}[found[2]]
         status = {"cancelled": CANCELLED, "exited": ACTOR_EXITED, None: RETRYABLE_ERROR if found[4] else ERROR}[found[2]]
         return self.id(found[1]), status, (word.encode() if found[3] else b"", word), started, self.now
+
+    def amounts(self, text: str) -> tuple[tuple[str, int], ...]:
+        pairs = (one.split() for one in split(text))
+        return tuple(sorted((name, round(float(amount) * UNIT)) for name, amount in pairs))
 
     def lost(self, text: str) -> tuple[bytes, Any, str]:
         found = re.fullmatch(r'([\w.]+)(?:@(\S+))? "([^"]*)"', text)
@@ -335,8 +343,19 @@ class World:
             return cls(client, asked, "", text.strip('"'))
         if kind == "CallsCounted":
             return cls(client, asked, self.id(text))
+        if kind == "ResourcesAdded":
+            pairs = [one.split() for one in parts]
+            return cls(client, tuple((name, round(float(amount) * UNIT)) for name, amount in pairs))
         if kind == "NodeQueried":
             return cls(client, asked, text)
+        if kind == "PlacementGroupRequested":
+            found = re.fullmatch(r"(\w+)=((?:\([^)]*\) )+)([A-Z_]+)(?: named (\w+))?(, detached)?", text)
+            assert found, f"{text!r} is not: P=(CPU 1) (CPU 1, GPU 1) PACK named x"
+            bundles = [(self.amounts(one), ()) for one in re.findall(r"\(([^)]*)\)", found[2])]
+            value = f"{found[1]} is placed".encode()
+            return cls(client, asked, self.new_object(found[1], by), bundles, found[3], found[4] or "", bool(found[5]), value)
+        if kind == "PlacementGroupRemoved":
+            return cls(client, self.id(text))
         if kind == "GcsStalled":
             error, _, why = text.partition(" ")
             return cls(client, error, why.strip('"'))
@@ -455,7 +474,12 @@ class World:
         if isinstance(command, messages.AssignResources):
             assert command.num_cpus == command.resources.get("CPU", 0)
             amounts = " ".join(f"{name} {amount:g}" for name, amount in command.resources.items()) or "none"
-            return amounts + (f" (GPUs {', '.join(map(str, command.gpu_ids))})" if command.gpu_ids else "")
+            amounts += f" (GPUs {', '.join(map(str, command.gpu_ids))})" if command.gpu_ids else ""
+            if command.placement:
+                group, index, captures = command.placement
+                amounts += f" in {f'bundle {index} of ' if index >= 0 else ''}{self.name(group)}"
+                amounts += " (and children)" if captures else ""
+            return amounts
         if isinstance(command, messages.RunTasks):
             return ", ".join(self.task(command.client, *task) for task in command.tasks)
         if isinstance(command, messages.RestoreActor):
@@ -775,6 +799,7 @@ def test_a_wrong_expectation_is_shown_as_a_difference(sign: str) -> None:
         ("the_fence", Node, "_fence", lambda node, event, now: node._handlers[type(event)](event, now)),
         ("prefetched_tasks_go_back", Scheduler, "enqueue_first", Scheduler.enqueue),
         ("nested_tasks_on_one_cpu", Scheduler, "block", lambda scheduler, worker: None),
+        ("placement_groups", Scheduler, "reserve", lambda scheduler, bundles: False),
         ("a_lost_object", Node, "_why_not_again", lambda node, task: ""),
         ("a_replay_diverges", Node, "_diverged", lambda node, old, template, parent: None),
         ("an_actor_is_made_again", Recovery, "note_executed", lambda recovery, call_id: None),

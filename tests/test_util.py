@@ -20,7 +20,7 @@ def test_every_name_is_there_and_what_is_not_is_refused_with_a_sentence():
         if name != "dask":  # It needs what need not be installed.
             assert getattr(util, name) is not None
     with pytest.raises(AttributeError, match="not there yet"):
-        _ = util.placement_group
+        _ = util.tpu
     with pytest.raises(AttributeError, match="no attribute"):
         _ = util.nothing
 

@@ -11,6 +11,8 @@
     collective         collective.py       allreduce and its kin between processes
     tqdm               tqdm.py             progress bars in tasks, drawn in the driver
     state              state.py            `minray.state` under Ray's name
+    placement_group    placement_group.py  resources reserved together
+    scheduling_strategies                  objects for the option of that name
 
 >>> from minray.util import inspect_serializability
 >>> inspect_serializability([1, 2], name="numbers")
@@ -27,15 +29,15 @@ from minray.serialization import deregister_serializer, inspect_serializability,
 
 _WHERE = {
     "ActorPool": "actor_pool", "Executor": "executor", "as_completed": "completion", "map_unordered": "completion",
+    "get_current_placement_group": "placement_group", "get_placement_group": "placement_group",
+    "placement_group": "placement_group", "placement_group_table": "placement_group",
+    "remove_placement_group": "placement_group",
 }  # fmt: skip
 _MODULES = (
     "actor_pool", "collective", "completion", "dask", "executor", "joblib", "metrics", "multiprocessing", "queue",
-    "state", "tqdm",
+    "scheduling_strategies", "state", "tqdm",
 )  # fmt: skip
-_NOT_YET = (
-    "accelerators", "client", "get_placement_group", "placement_group", "placement_group_table",
-    "remove_placement_group", "scheduling_strategies", "tpu",
-)  # fmt: skip
+_NOT_YET = ("accelerators", "client", "tpu")
 
 
 def __getattr__(name: str) -> Any:
@@ -62,6 +64,11 @@ def check_serialize(value: Any) -> None:
     serialize(value)
 
 
+def get_node_ip_address() -> str:
+    """The address of the machine that this process runs on, as the session knows it: 127.0.0.1, for it has one."""
+    return "127.0.0.1"
+
+
 def list_named_actors(all_namespaces: bool = False) -> list[Any]:
     """The names of all live actors that have one.
 
@@ -86,6 +93,7 @@ def list_named_actors(all_namespaces: bool = False) -> list[Any]:
 
 
 __all__ = [
-    "ActorPool", "Executor", "as_completed", "check_serialize", "deregister_serializer", "inspect_serializability",
-    "list_named_actors", "map_unordered", "register_serializer",
+    "ActorPool", "Executor", "as_completed", "check_serialize", "deregister_serializer", "get_current_placement_group",
+    "get_node_ip_address", "get_placement_group", "inspect_serializability", "list_named_actors", "map_unordered",
+    "placement_group", "placement_group_table", "register_serializer", "remove_placement_group",
 ]  # fmt: skip
