@@ -1303,6 +1303,7 @@ class Simulation(Machine):
     def __init__(self, seed: int, keep_trace: bool = False, check_every: int = 1) -> None:
         self.seed = seed
         self.rng = Random(seed)
+        self.group_rng = Random(f"groups {seed}")
         self.now = 1_000_000.0
         self.clock_is_off_s = 0.0  # what the node is told minus that
         self.faulty = True
@@ -1415,6 +1416,34 @@ class Simulation(Machine):
             for actor_id in holders:
                 self.handle(ActorKillRequested(DRIVER, actor_id, True))
             self.until_all_is_quiet()
+
+    def use_group(self) -> None:
+        """The driver asks for a placement group (it may be there, or have been there), uses it, and removes it later."""
+        if not self.faulty or self.driver.code is None:
+            return
+        rng, context = self.group_rng, self.driver.context
+        assert context is not None
+        group = rng.choice(GROUPS)
+        value = pickle.dumps((group, (), self.stamp()))
+        strategy = rng.choice(("PACK", "PACK", "PACK", "STRICT_PACK", "STRICT_SPREAD"))
+        if rng.random() < 0.9:
+            self.handle(PlacementGroupRequested(DRIVER, 0, group, list(BUNDLES[group]), strategy, "", False, value))
+        if rng.random() < 0.5:
+            context.hold((group,))
+        kinds = (IN_ANY, GUEST) if group == GROUPS[0] else (IN_SECOND, IN_GPU, EXACT_GUEST)
+        for _ in range(rng.choice((0, 1, 3, 6))):
+            template = rng.choice(kinds)
+            if TEMPLATES[template].kind == ACTOR_CREATION:
+                context.make_actor(template)
+            else:
+                context.submit(template)
+        self.driver.flush()
+        self.after(rng.uniform(0.001, 0.3), self.remove_group, group)
+        if rng.random() < 0.5:
+            self.after(rng.uniform(0.001, 0.1), self.use_group)
+
+    def remove_group(self, group: bytes) -> None:
+        self.handle(PlacementGroupRemoved(DRIVER, group))
 
     def trace_hash(self) -> str:
         assert self.trace is not None

@@ -627,7 +627,7 @@ def test_a_full_disk_under_the_storage_is_a_typed_error_and_heals(size, refusal,
     def make(n):
         with open(ran, "a") as file:
             file.write(f"{n}\n")
-        return np.full(size, n, np.uint8)
+        return np.full(size, n % 256, np.uint8)
 
     with a_small_disk(tmp_path / "small") as disk:
         storage = disk / "jobs.sqlite"

@@ -20,7 +20,6 @@ from typing import Any
 import cloudpickle
 import numpy as np
 import pytest
-from test_gcs import a_small_disk
 
 import minray
 from minray import checkpoint
@@ -497,31 +496,3 @@ def test_however_seldom_an_actor_asks_it_is_saved_before_its_log_is_too_long(
             saved.append(number)
             checkpoints.restart()
     assert saved == saved_after
-
-
-class Heavy:
-    def __init__(self) -> None:
-        self.weight = np.ones(20 << 20, np.uint8)
-        self.calls = 0
-
-    def add(self) -> tuple[int, int]:
-        self.calls += 1
-        return self.calls, os.getpid()
-
-
-def test_a_checkpoint_larger_than_memory_and_disk_is_told_and_the_log_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    with a_small_disk(tmp_path / "small") as disk:
-        monkeypatch.setenv("MINRAY_HOME", str(disk / "home"))
-        with minray.init(num_cpus=1, object_store_memory=4 << 20):
-            actor = minray.remote(Heavy).options(checkpoint_every=1, max_restarts=-1).remote()
-            pid = 0
-            for calls in (1, 2, 3):
-                count, pid = minray.get(actor.add.remote())
-                assert count == calls
-            os.kill(pid, signal.SIGKILL)
-            count, after = minray.get(actor.add.remote())
-            assert count == 4 and after != pid, "made again from its constructor and its log"
-    told = capfd.readouterr().err
-    assert "could not save its state" in told and "found no room" in told

@@ -574,3 +574,27 @@ def test_a_gcs_that_is_slow_is_not_silent(monkeypatch):
                 os.kill(pid, signal.SIGCONT)
             time.sleep(0.02)
         assert minray.get(square.remote(3)) == 9
+
+
+class Heavy:
+    def __init__(self) -> None:
+        self.weight = bytearray(20 << 20)
+        self.calls = 0
+
+    def add(self) -> tuple[int, int]:
+        self.calls += 1
+        return self.calls, os.getpid()
+
+
+def test_a_checkpoint_larger_than_memory_and_disk_is_told_and_the_log_goes_on(small_home, capfd):
+    with minray.init(num_cpus=1, object_store_memory=4 << 20):
+        actor = minray.remote(Heavy).options(checkpoint_every=1, max_restarts=-1).remote()
+        pid = 0
+        for calls in (1, 2, 3):
+            count, pid = minray.get(actor.add.remote())
+            assert count == calls
+        os.kill(pid, signal.SIGKILL)
+        count, after = minray.get(actor.add.remote())
+        assert count == 4 and after != pid, "made again from its constructor and its log"
+    told = capfd.readouterr().err
+    assert "could not save its state" in told and "found no room" in told
