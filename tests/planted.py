@@ -5,11 +5,13 @@
 A patch is prose (what the bug is, who makes such ones, how it shows) and a unified diff.  It is applied by its
 context, which must be in the file exactly once, letter by letter; line numbers are not looked at.  So a patch
 whose source has changed does not apply: then see whether the bug is still possible, and write its lines anew.
+What only one seed in thousands meets says "Search from seed N." in its prose: the 10,000 of a push find it, too.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import sys
 import tempfile
@@ -88,7 +90,9 @@ def search(name: str, max_seeds: int = MAX_SEEDS) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="minray-planted-") as directory:
         shutil.copytree(SOURCE, Path(directory) / "minray", ignore=shutil.ignore_patterns("__pycache__"))
         apply(hunks, Path(directory))
-        return seeds.outcome(seeds.start(range(max_seeds), directory))
+        hint = re.search(r"Search from seed (\d+)\.", prose)
+        first = int(hint[1]) if hint else 0
+        return seeds.outcome(seeds.start(range(first, first + max_seeds), directory))
 
 
 def main() -> int:
