@@ -29,8 +29,8 @@ from minray.messages import (
 from minray.policy import Site
 from minray.scheduler import Shape, WorkerRecord
 from minray.task_spec import (
-    ACTOR_CREATION, ERROR, FAILED, FINISHED, OK, PENDING_ARGS_AVAIL, RETRYABLE_ERROR, SUBMITTED_TO_WORKER, UNIT,
-    ActorOptions, TaskSpec,
+    ACTOR_CREATION, CANCELLED, ERROR, FAILED, FINISHED, OK, PENDING_ARGS_AVAIL, RETRYABLE_ERROR, SUBMITTED_TO_WORKER,
+    UNIT, ActorOptions, TaskSpec,
 )  # fmt: skip
 
 
@@ -430,7 +430,9 @@ class GivenTasks(SharedObjects):
         result: tuple[bytes, int, Any, float, float]
         if failed is not None:
             text = task.error if task is not None and task.error else "it failed"
-            result = (task_id, ERROR, (failed.data, text), started_s, finished_s)
+            # A call that was never begun is not in its actor's log.
+            never_begun = task is not None and task.spec.actor_id is not None and not task.started_s
+            result = (task_id, CANCELLED if never_begun else ERROR, (failed.data, text), started_s, finished_s)
         elif task is not None and task.state == FAILED:  # It returns nothing, or a handle to an actor that died.
             result = (task_id, ERROR, (b"", task.error or ""), started_s, finished_s)
         else:

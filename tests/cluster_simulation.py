@@ -19,7 +19,8 @@ from random import Random
 from typing import Any
 
 from simulation import (
-    ACTOR, EXACT, HUNGRY, KINDS, NO_ACTOR, OWN_WAY, Context, Driver, Machine, Process, Worker, limits,
+    ACTOR, EXACT, HUNGRY, KINDS, NO_ACTOR, OWN_WAY, Context, Driver, Machine, Process, Worker, choose_limits,
+    limited,
 )  # fmt: skip
 
 from minray import ids
@@ -421,7 +422,7 @@ class World:
     # ------------------------------------------------------------ a run
 
     def run(self) -> World:
-        with limits(self.rng):
+        with limited(choose_limits(self.rng)):
             self.run_to_its_end()
         return self
 

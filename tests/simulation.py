@@ -1281,19 +1281,25 @@ class Machine:
         assert not self.files, f"files are left: {list(self.files)}"
 
 
+LIMITS = (lineage, "MAX_CHILDREN"), (lineage, "MAX_REPLAYABLE"), (actor_table, "MAX_IN_FLIGHT"), (node_exact, "MAX_IN_FLIGHT")
+
+
+def choose_limits(rng: Random) -> tuple[int, ...]:
+    """Limits that real programs hardly reach are reached in some seeds."""
+    children, replayable, in_flight = rng.choice((1000, 1000, 2)), rng.choice((100_000, 100_000, 4)), rng.choice((1000, 1000, 2))
+    return children, replayable, in_flight, in_flight
+
+
 @contextlib.contextmanager
-def limits(rng: Random) -> Iterator[None]:
-    """Limits that real programs hardly reach are reached in some seeds; and what runs after that in this process has its own again."""
-    places = [(lineage, "MAX_CHILDREN"), (lineage, "MAX_REPLAYABLE"), (actor_table, "MAX_IN_FLIGHT"), (node_exact, "MAX_IN_FLIGHT")]
-    before = [getattr(module, name) for module, name in places]
-    in_flight = rng.choice((1000, 1000, 2))
-    chosen = (rng.choice((1000, 1000, 2)), rng.choice((100_000, 100_000, 4)), in_flight, in_flight)
+def limited(limits: tuple[int, ...]) -> Iterator[None]:
+    """They are module constants: what runs after that in this process has its own again."""
+    before = [getattr(module, name) for module, name in LIMITS]
     try:
-        for (module, name), limit in zip(places, chosen):
+        for (module, name), limit in zip(LIMITS, limits):
             setattr(module, name, limit)
         yield
     finally:
-        for (module, name), limit in zip(places, before):
+        for (module, name), limit in zip(LIMITS, before):
             setattr(module, name, limit)
 
 
@@ -1320,6 +1326,7 @@ class Simulation(Machine):
         super().__init__()
         exact = (EXACT, OWN_WAY, OWN_WAY)
         self.actor_kinds = self.rng.choice(((ACTOR, ACTOR, ACTOR, HUNGRY, NO_ACTOR, BUSY, *exact), exact))
+        self.limits = choose_limits(self.rng)
         cpus = self.rng.choice((1, 1, 2, 3))
         resources = {"CPU": cpus * UNIT, "license": UNIT, "GPU": self.rng.choice((1, 2)) * UNIT, "room": 99 * UNIT}
         self.node = Node(resources, self.rng.choice((200_000, 300_000, 10_000_000)), lambda i: "/spill/" + i.hex())
@@ -1333,7 +1340,7 @@ class Simulation(Machine):
         return self.now + self.clock_is_off_s
 
     def run(self) -> Simulation:
-        with limits(self.rng):
+        with limited(self.limits):
             self.run_to_its_end()
         return self
 
