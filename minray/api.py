@@ -188,7 +188,11 @@ def init(
     """
     _check_init_options(more)
     cluster = None
-    if _core is None and (address := _address(address)) not in (None, "local"):
+    if _core is not None and not _core.client and address not in (None, "local", "auto"):
+        from minray import cluster_utils
+
+        cluster_utils.find(address)  # Raises ConnectionError: the session that runs is not there.
+    elif _core is None and (address := _address(address)) not in (None, "local"):
         from minray import cluster_utils
 
         cluster = cluster_utils.find(address)

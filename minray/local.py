@@ -191,8 +191,10 @@ class LocalWorker(Worker):
             self.dead = True
             self.stage.worker_ended(self, "ended")
             return
-        task = self.queue[position]
+        task_id, *rest = self.queue[position]
         del self.queue[position]
+        # An ID object of its own for each execution, as if it had been read from a socket: see TaskContext.
+        task = (bytes(bytearray(task_id)), *rest)
         task_id = self.strands[strand] = task[0]
         options = self._templates_known[task[1]]
         threaded = self.limits is not None and options.kind == ACTOR_METHOD

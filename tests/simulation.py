@@ -1322,7 +1322,6 @@ class Simulation(Machine):
         self.depth, self.secluded, self.actor_ids, self.contents, self.calls, self.states = {}, [], {}, {}, {}, {}
         self.exact, self.task_kinds = {}, KINDS + GENERATORS
         self.stamps = itertools.count(1)
-        self.group_rng = Random(f"groups {seed}")
         super().__init__()
         exact = (EXACT, OWN_WAY, OWN_WAY)
         self.actor_kinds = self.rng.choice(((ACTOR, ACTOR, ACTOR, HUNGRY, NO_ACTOR, BUSY, *exact), exact))
@@ -1383,34 +1382,6 @@ class Simulation(Machine):
         if self.faulty:
             self.clock_is_off_s += self.rng.choice((-3600.0, 3600.0, -1.0, 1.0))
             self._tick_at = None
-
-    def use_group(self) -> None:
-        """The driver asks for a placement group (it may be there, or have been there), uses it, and removes it later."""
-        if not self.faulty or self.driver.code is None:
-            return
-        rng, context = self.group_rng, self.driver.context
-        assert context is not None
-        group = rng.choice(GROUPS)
-        value = pickle.dumps((group, (), self.stamp()))
-        strategy = rng.choice(("PACK", "PACK", "PACK", "STRICT_PACK", "STRICT_SPREAD"))
-        if rng.random() < 0.9:
-            self.handle(PlacementGroupRequested(DRIVER, 0, group, list(BUNDLES[group]), strategy, "", False, value))
-        if rng.random() < 0.5:
-            context.hold((group,))
-        kinds = (IN_ANY, GUEST) if group == GROUPS[0] else (IN_SECOND, IN_GPU, EXACT_GUEST)
-        for _ in range(rng.choice((0, 1, 3, 6))):
-            template = rng.choice(kinds)
-            if TEMPLATES[template].kind == ACTOR_CREATION:
-                context.make_actor(template)
-            else:
-                context.submit(template)
-        self.driver.flush()
-        self.after(rng.uniform(0.001, 0.3), self.remove_group, group)
-        if rng.random() < 0.5:
-            self.after(rng.uniform(0.001, 0.1), self.use_group)
-
-    def remove_group(self, group: bytes) -> None:
-        self.handle(PlacementGroupRemoved(DRIVER, group))
 
     def end_who_starves_others(self) -> None:
         """Actors may hold CPUs that others wait for: then the user is told, and ends some."""

@@ -26,7 +26,8 @@ def test_the_session_has_what_all_nodes_have(cluster):
     assert {name: resources[name] for name in ("CPU", "GPU", "disk", "tape")} == {"CPU": 4, "GPU": 1, "disk": 3, "tape": 1}
     assert context["node_id"] == one.node_id == other.unique_id == cluster.head_node.node_id
     assert [node.is_head() for node in cluster.list_all_nodes()] == [True, False, False]
-    assert len(minray.nodes()) == 1 and minray.nodes()[0]["alive"] and minray.nodes()[0]["Labels"] == {}
+    assert len(minray.nodes()) == 1 and minray.nodes()[0]["alive"]
+    assert list(minray.nodes()[0]["Labels"]) == ["ray.io/node-id"]
 
 
 def test_a_running_session_grows_and_what_waits_runs(cluster):

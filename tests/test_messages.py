@@ -12,7 +12,7 @@ from minray.messages import DRIVER, FROM_WORKERS, TasksSubmitted, event_from_wir
 from minray.node import Node
 from minray.task_spec import TaskSpec
 
-SHELLS_OWN = {"WorkerStarted", "WorkerDied", "GcsStalled", "GcsRecovered", "Ticked"}
+SHELLS_OWN = {"ResourcesAdded", "WorkerStarted", "WorkerDied", "GcsStalled", "GcsRecovered", "Ticked"}
 
 
 def test_every_event_names_the_process_that_it_happened_to() -> None:

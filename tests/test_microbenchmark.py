@@ -37,7 +37,12 @@ class ActorClass:
     def options(self, **options): return self
     def remote(self, *args): return Handle(self.cls(*args))
 
-def remote(thing): return ActorClass(thing) if isinstance(thing, type) else Call(thing)
+class Stream(Call):
+    def remote(self, *args): return map(Ref, self.function(*args))
+
+def remote(thing=None, num_returns=1):
+    if num_returns == "streaming": return Stream
+    return ActorClass(thing) if isinstance(thing, type) else Call(thing)
 def init(num_cpus, include_dashboard):
     import sys
     assert "minray" not in sys.modules, "another library's memory is not Ray's"

@@ -119,7 +119,8 @@ def has_ps():
 def test_a_prefix_of_ones_own(monkeypatch):
     monkeypatch.setattr(exceptions, "name_prefix", "ray")
     with minray.init(num_cpus=1):
-        assert title_of(minray.get(Painter.remote().pid.remote()))[1] == "ray::Painter"
+        painter = Painter.remote()  # Kept: without a handle it would end.
+        assert title_of(minray.get(painter.pid.remote()))[1] == "ray::Painter"
 
 
 @pytest.mark.parametrize("name", ["", "ü" * 3000, "a\nb\0c", "\udcff", "x" * 100_000])
