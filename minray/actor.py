@@ -156,7 +156,8 @@ class ActorClass:
         self.__doc__ = cls.__doc__
 
     def __minray_counts__(self) -> Any:
-        return (self._class,)  # For code_digest.py: options change no result.
+        """For code_digest.py: of the options only the environment changes a result."""
+        return (self._class, *options.environment_that_counts(self._options))
 
     @property
     def __ray_metadata__(self) -> Any:

@@ -104,6 +104,11 @@ def _hash(*parts: bytes | memoryview) -> bytes:
     return found.digest()
 
 
+def without_session(environment: str) -> str:
+    """An environment, the same in every run: snapshots lie in the session's directory, and are named by contents."""
+    return re.sub(r'"[^"]*/runtime_env/', '"', environment)
+
+
 class Digester:
     """What a process of a durable job notes of each call: see `of_call`."""
 
@@ -118,7 +123,7 @@ class Digester:
         name, code = self._functions.get(options.function_id, (options.name.encode(), b""))
         parts = [name, options.method.encode(), b"%d" % options.num_returns]
         if options.runtime_env:  # Without the session's directory: the name of a snapshot tells its contents.
-            parts.append(re.sub(r'"[^"]*/runtime_env/', '"', options.runtime_env).encode())
+            parts.append(without_session(options.runtime_env).encode())
         self._templates[number] = (_hash(*parts), code)
 
     def of_call(self, template_no: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:

@@ -212,9 +212,9 @@ class Driver(CoreWorker):
         finally:
             if self.raylet.broken:
                 self.end_futures(self.raylet.broken)
-        if self.raylet.warning:
-            self._show([("stderr", f"minray: {self.raylet.warning}")])
-            self.raylet.warning = ""
+        if self.raylet.warnings:
+            warnings, self.raylet.warnings = self.raylet.warnings, []
+            self._show([("stderr", f"minray: {text}") for text in warnings])
         if self._printing:
             lines, self._pending_lines = self._pending_lines, []
             lines += self._printer.tick(monotonic())

@@ -284,5 +284,16 @@ def resources_of(options: Mapping[str, Any], default_cpus: float) -> Resources:
     return tuple(sorted((name, round(amount * UNIT)) for name, amount in amounts.items() if amount))
 
 
+def environment_that_counts(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """For the digests of durable jobs: the environment that the options ask for, if they do."""
+    asked = given.get("runtime_env")
+    if not asked:
+        return ()
+    from minray import api
+    from minray.code_digest import without_session
+
+    return (without_session(api.core().environment_of(asked)),)
+
+
 def retry_exceptions_of(value: Any) -> bool | bytes:
     return value if isinstance(value, bool) else pickle_classes(value)

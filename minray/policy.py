@@ -42,8 +42,12 @@ class Policy:
 
     def order(self, shapes: Iterable[Shape]) -> list[Shape]:
         """In which order to serve queues that are not empty: those that ask for more first, so that
-        many small tasks do not starve a large one."""
-        return sorted(shapes, key=lambda shape: (-len(shape.resources), -sum(amount for _, amount in shape.resources)))
+        many small tasks do not starve a large one; of those that ask for the same, the one with the oldest task."""
+
+        def place(shape: Shape) -> tuple[float, ...]:
+            return (-len(shape.resources), -sum(amount for _, amount in shape.resources), shape.oldest_s())
+
+        return sorted(shapes, key=place)
 
     def pick_worker(self, idle: dict[int, WorkerRecord]) -> WorkerRecord:
         """The last one that went idle: its caches, its modules and its code are warm."""

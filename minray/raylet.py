@@ -119,7 +119,7 @@ class Raylet:
         self._gcs_fault = ""  # what it said last that was no acknowledgement (see gcs.py), or "silent"
         self.gcs_error = ""
         self.flush_each = False  # rows leave before anybody learns what has happened: a killed driver loses none
-        self.warning = ""  # for the user, once
+        self.warnings: list[str] = []  # for the user; who shows them takes them
         self.closed = False
         self.broken = ""  # why nothing can be run any more
         self._epoll.register(zygote.sock.fileno(), select.EPOLLIN)
@@ -467,7 +467,7 @@ class Raylet:
             self._zygote.kill_worker(command.client)
 
     def _warn(self, command: Warn) -> None:
-        self.warning = command.text
+        self.warnings.append(command.text)
 
     def _delete_file(self, command: DeleteFile) -> None:
         with suppress(OSError):
@@ -511,7 +511,7 @@ class Raylet:
     def _give_up_gcs(self, why: str, now: float) -> None:
         self._gcs_frames.clear()
         self.gcs_error = why
-        self.warning = (
+        self.warnings.append(
             f"{why}. Tasks go on; their history is not written any more. `minray check` tells what the file still "
             "holds, and what can be done."
         )
@@ -527,7 +527,7 @@ class Raylet:
             if self._gcs_frames:
                 return
             if self._gcs_stalled:
-                self.warning = "everything is written now, and new work is taken in again"
+                self.warnings.append("everything is written now, and new work is taken in again")
                 self._do(self.node.handle(GcsRecovered(DRIVER), now))
             self._gcs_stuck_s, self._gcs_stalled = None, False
         elif (
@@ -538,7 +538,8 @@ class Raylet:
             self._gcs_stalled = True
             error, advice = GCS_TRIES_AGAIN[self._gcs_fault]
             why = f"the GCS cannot write: {self.gcs_error}. {advice}"
-            self.warning = f"{why} Until it can, new tasks and objects become errors ({error}); what runs goes on."
+            until = f"Until it can, new tasks and objects become errors ({error}); what runs goes on."
+            self.warnings.append(f"{why} {until}")
             self._do(self.node.handle(GcsStalled(DRIVER, error, why), now))
 
     @property

@@ -105,7 +105,8 @@ class RemoteFunction(Generic[R]):
         return FunctionNode(self, args, kwargs)
 
     def __minray_counts__(self) -> Any:
-        return (self._function, self._num_returns)  # For code_digest.py: other options change no result.
+        """For code_digest.py: of its other options only the environment changes a result."""
+        return (self._function, self._num_returns, *options.environment_that_counts(self._options))
 
     def __reduce__(self) -> Any:
         return (RemoteFunction, (self._function, self._options))

@@ -52,7 +52,7 @@ class RuntimeEnvConfig(dict[str, Any]):
     """How a runtime environment is set up.
 
     Args:
-        setup_timeout_seconds: how long that may take, in seconds; -1: as long as it likes.
+        setup_timeout_seconds: how long installing packages may take, in seconds; -1: as long as it likes.
         eager_install: whether a job's packages are installed by `init` (the default) or by its first task.
 
     >>> from minray.runtime_env import RuntimeEnvConfig

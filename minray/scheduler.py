@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from minray.lineage import Request, Task, Template
@@ -162,6 +163,10 @@ class Shape:
     def waiting(self) -> int:
         """How many tasks wait."""
         return len(self.queue) - self.gaps
+
+    def oldest_s(self) -> float:
+        """When the first that waits was submitted."""
+        return next((task.submitted_s for task in self.queue if task.state == PENDING_NODE_ASSIGNMENT), inf)
 
     def take(self, count: int) -> list[Task]:
         """The first `count` tasks; there must be so many."""
@@ -326,6 +331,8 @@ class Scheduler:
                     return
 
     def _serve(self, shape: Shape, now: float) -> None:
+        if self.apart and len(self.active) > 1 and self._is_younger(shape):
+            return  # Its workers run dry, and what they hold goes to who came first.
         waiting = shape.waiting
         new = 0
         while new < waiting and (pool := self._pool_for(shape)) is not None:
@@ -350,6 +357,18 @@ class Scheduler:
                 self._run(worker, shape.take(count), now)
             elif not worker.in_flight:
                 self.finished_one(worker, now)  # Levelling had none left for it.
+
+    def _is_younger(self, shape: Shape) -> bool:
+        """Whether another queue that could use exactly what this one uses has an older task: of another environment,
+        say.  It would else wait until this one is empty, and that may be never."""
+        mine = shape.oldest_s()
+        return bool(shape.resources) and any(
+            not other.exclusive
+            and other.resources == shape.resources
+            and other.pools == shape.pools
+            and other.oldest_s() < mine
+            for other in self.active
+        )
 
     def finished_one(self, worker: WorkerRecord, now: float) -> None:
         """The worker has no task left: its lease ends."""

@@ -154,7 +154,7 @@ class Stage:
 
     flush_each = False
     broken = ""
-    warning = ""
+    warnings: list[str] = []
 
     def __init__(
         self,

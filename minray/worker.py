@@ -259,11 +259,24 @@ class Worker(CoreWorker):
 
         env = json.loads(self._environment)
         context.options = self._templates_known[task[1]]  # For the labels of what is said meanwhile.
+        variables, path, directory = dict(os.environ), sys.path[:], os.open(".", os.O_RDONLY | os.O_CLOEXEC)
         try:
+            self._executing = task[0]  # It may be cancelled meanwhile: packages can take minutes.
+            if task[0] in self._cancelled:
+                raise KeyboardInterrupt
             set_up(env, self.session_path)
+            self._executing = None
         except BaseException as error:  # noqa: B036  (a hook may raise anything)
+            self._executing = None
+            # The next task tries again, from the same start.  (What a hook has imported stays.)
+            os.environ.clear()
+            os.environ.update(variables)
+            sys.path[:] = path
+            os.fchdir(directory)
             self._environment_failed(task, error)
             return
+        finally:
+            os.close(directory)
         if "working_dir" in env:
             self.surroundings.stay_here()
         # AssignResources leaves these alone from now on.
@@ -283,6 +296,10 @@ class Worker(CoreWorker):
         now = EPOCH + monotonic()
         self.unpin_unread(task[3] or ())
         self._black_box[:] = ids.NIL
+        if isinstance(error, KeyboardInterrupt) and task_id in self._cancelled:
+            self._cancelled.discard(task_id)
+            self._results.append((task_id, CANCELLED, (b"", "cancelled"), now, now))
+            return
         text = f"RuntimeEnvSetupError: {why.partition(chr(10))[0][:500]}"
         self._results.append((task_id, ERROR, (to_bytes(serialize(failure)), text), now, now))
 

@@ -443,3 +443,11 @@ def test_groups_end_with_their_session(run_driver) -> None:
         "print(row.state, row.reason, row.is_detached)\n"
     )
     assert printed.stdout == "REMOVED ended with its session True\n"
+
+
+def test_each_group_that_can_never_be_placed_is_told_of(capfd):
+    groups = [placement_group([{"CPU": cpus}]) for cpus in (200, 300, 400)]
+    assert [group.wait(0) for group in groups] == [False, False, False]
+    minray.get(minray.remote(lambda: None).remote())
+    told = capfd.readouterr().err
+    assert told.count("can never be placed") == 3

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from minray.lineage import Task, Template
 from minray.policy import MAX_PREFETCH, UNKNOWN_PREFETCH, Policy
 from minray.scheduler import Shape, WorkerRecord
-from minray.task_spec import UNIT
+from minray.task_spec import PENDING_NODE_ASSIGNMENT, TASK, UNIT, TaskOptions, TaskSpec
 
 
 def test_whoever_asks_for_more_is_served_first() -> None:
@@ -18,6 +19,16 @@ def test_whoever_asks_for_more_is_served_first() -> None:
 def test_equal_shapes_keep_their_order() -> None:
     first, second = Shape((("CPU", UNIT),), False), Shape((("GPU", UNIT),), False)
     assert Policy().order([first, second]) == [first, second]
+
+
+def test_of_those_that_ask_for_the_same_the_one_whose_task_has_waited_longest_is_served_first() -> None:
+    shapes = [Shape((("CPU", UNIT),), False) for _ in range(3)]
+    template = Template(0, TaskOptions(TASK, b"", "f"), shapes[0])
+    for number, (shape, when) in enumerate(zip(shapes, (3.0, 1.0, 2.0))):
+        task = Task(TaskSpec(bytes(15) + bytes([number]), 0), template, number, 0, 0, when)
+        task.state = PENDING_NODE_ASSIGNMENT
+        shape.queue.append(task)
+    assert Policy().order(shapes) == [shapes[1], shapes[2], shapes[0]]
 
 
 def test_the_worker_that_went_idle_last_is_the_warmest() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import minray
-from minray import snapshots
+from minray import api, snapshots
 from minray.exceptions import RuntimeEnvSetupError
 from minray.job_config import JobConfig
 from minray.runtime_env import RuntimeEnv, RuntimeEnvConfig, checked
@@ -689,6 +689,72 @@ def test_a_durable_job_runs_a_task_again_when_its_environment_has_changed(tmp_pa
     assert run() == first, "its result was kept"
     data.write_text("two")
     assert run()[0] == "two"
+
+
+def test_a_durable_job_runs_a_task_again_when_the_environment_of_one_that_it_calls_has_changed(tmp_path):
+    def run(level):
+        child = minray.remote(runtime_env={"env_vars": {"LEVEL": level}})(lambda: os.environ["LEVEL"])
+        keeper = Host.options(runtime_env={"env_vars": {"LEVEL": level}})
+        calls_it = minray.remote(lambda: minray.get(child.remote()))
+        makes_it = minray.remote(lambda: minray.get(keeper.remote().variable.remote("LEVEL")))
+        is_given_it = minray.remote(lambda function: minray.get(function.remote()))
+        with minray.init(num_cpus=2, job="levels", storage=tmp_path / "job.sqlite"):
+            found = minray.get([calls_it.remote(), makes_it.remote(), is_given_it.remote(child)])
+            return found, api.core().node.describe("ran")
+
+    assert run("1")[0] == ["1", "1", "1"]
+    assert run("1") == (["1", "1", "1"], 0)
+    assert run("2")[0] == ["2", "2", "2"]
+
+
+def test_a_task_of_another_environment_comes_to_its_turn_while_the_first_ones_queue_is_never_empty():
+    with minray.init(num_cpus=1):
+        busy, other = (minray.remote(runtime_env=variables(A=name))(time.sleep) for name in "ab")
+        pending = [busy.remote(0.002) for _ in range(6)]
+        late = other.remote(0)
+        deadline = time.monotonic() + 60
+        while not minray.wait([late], timeout=0)[0]:
+            assert time.monotonic() < deadline, "it starves"
+            _, pending = minray.wait(pending)
+            pending.append(busy.remote(0.002))
+
+
+@minray.remote
+def noted(path):
+    return os.environ.get("PP"), len(sys.path), os.getcwd()
+
+
+def test_what_a_failed_set_up_has_changed_is_put_back_before_the_next_try(tmp_path):
+    def fails_once():
+        os.environ["LEFT"] = "over"
+        sys.path.append("/left/over")
+        os.chdir("/")
+        if not os.path.exists(tmp_path / "tried"):
+            (tmp_path / "tried").touch()
+            raise OSError("first")
+
+    env = {"env_vars": {"PP": "/x:${PP}"}, "worker_process_setup_hook": fails_once}
+    with minray.init(num_cpus=1):
+        task = noted.options(runtime_env=env)
+        with pytest.raises(RuntimeEnvSetupError, match="OSError: first"):
+            minray.get(task.remote(""))
+        assert minray.get(task.remote(""))[0] == "/x:"
+
+
+def test_a_task_whose_environment_is_being_set_up_can_be_cancelled(tmp_path):
+    def hook():
+        (tmp_path / "begun").touch()
+        time.sleep(600)
+
+    with minray.init(num_cpus=1):
+        ref = variable.options(runtime_env={"worker_process_setup_hook": hook}).remote("A")
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "begun").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        minray.cancel(ref)
+        with pytest.raises(minray.exceptions.TaskCancelledError):
+            minray.get(ref, timeout=60)
 
 
 # ---------------------------------------------------------------- what a worker may do
