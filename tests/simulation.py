@@ -1228,7 +1228,11 @@ class Machine:
         known, parent, maker = self.ended.get(task_id, (None, None, None))
         if known is not None and known.spec.to_wire()[1:6] == task.spec.to_wire()[1:6] and not self.was_lost(task):
             if maker is not None:
-                forgotten = self.parents[task.no][1] is not maker
+                # What a call has submitted is held while the call is in its actor's log, or in its hands.
+                calls = [*maker.recovery.log, *maker.recovery.again] if maker.recovery is not None else []
+                calls += maker.worker.in_flight.values() if maker.worker is not None else ()
+                is_held = any(call.no == known.parent_no for call in calls)
+                forgotten = self.parents[task.no][1] is not maker or not is_held
             else:
                 forgotten = parent.state >= FINISHED or parent.no in self.over
             assert forgotten, f"{options.name} [{ids.short(task_id)}] is run again, and its result was known"
