@@ -15,6 +15,7 @@ A, B = b"a" * 16, b"b" * 16
 
 @pytest.fixture(params=[References, ReferenceCounter])
 def counter(request, monkeypatch):
+    gc.collect()  # What earlier tests have left in cycles is not for this counter.
     counter = request.param()
     monkeypatch.setattr(object_ref, "_born", counter.born)
     monkeypatch.setattr(object_ref, "_dropped", counter.dropped)

@@ -58,6 +58,8 @@ class QueueActor:
         self._came = threading.Condition(self._lock)
         self._went = threading.Condition(self._lock)
         self._all_done = threading.Condition(self._lock)
+        # Who waits there, the first to come first: threads that are woken together run in any order.
+        self._line: dict[threading.Condition, deque[bytes]] = {self._came: deque(), self._went: deque()}
         self._may_wait = threads - 1
         self._abandoned: dict[bytes, None] = {}
 
@@ -68,15 +70,19 @@ class QueueActor:
                 self._items.extend(refs)
                 self._unfinished += len(refs)
                 self._came.notify(len(refs))
+            if self._line[self._went] and self._has_room_for(1):
+                self._went.notify_all()  # The next in line may have looked already, when it was not its turn.
             return there
 
     def get(self, count: int, timeout: float | None, ticket: bytes) -> list[Any] | bool | None:
         with self._lock:
             there = self._wait(self._came, lambda: len(self._items) >= count, timeout, ticket)
-            if not there:
-                return there
-            self._went.notify(count)
-            return [self._items.popleft() for _ in range(count)]
+            taken = [self._items.popleft() for _ in range(count)] if there else []
+            if there:
+                self._went.notify(count)
+            if self._line[self._came] and self._items:
+                self._came.notify_all()  # As in put().
+            return taken if there else there
 
     def put_back(self, refs: list[Any]) -> None:
         with self._lock:
@@ -119,10 +125,19 @@ class QueueActor:
         if not self._may_wait:
             return None
         self._may_wait -= 1
+        line = self._line.get(condition)  # None: all may go at once
+        if line is not None:
+            line.append(ticket)
+
+        def may_go() -> bool:
+            return ticket in self._abandoned or (is_so() and (line is None or line[0] == ticket))
+
         try:
-            condition.wait_for(lambda: ticket in self._abandoned or is_so(), timeout)
+            condition.wait_for(may_go, timeout)
         finally:
             self._may_wait += 1
+            if line is not None:
+                line.remove(ticket)
         if ticket in self._abandoned:
             del self._abandoned[ticket]
             return False
