@@ -14,7 +14,6 @@ waits for what they bring), and passing a generator on (its items can be passed,
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 from collections import deque
 from collections.abc import Iterator
@@ -91,6 +90,8 @@ class ObjectRefGenerator:
         Raises:
             StopAsyncIteration: there are no more.
         """
+        import asyncio  # Late, here and below: it takes longer than all of minray, and whoever awaits has it.
+
         refs = self._refs
         while not refs:
             if self._over or not self._take():
@@ -332,6 +333,8 @@ class Producer:
 
     async def run_beside_others(self, generator: Any) -> Any:
         """The same on an event loop, which others have a turn of; also for an asynchronous generator."""
+        import asyncio
+
         worker, task_id = self._worker, self.task_id
         is_async = hasattr(generator, "__anext__")
         try:

@@ -256,7 +256,7 @@ def test_an_ended_session_still_answers_and_its_totals_are_exact(
 
 
 def test_the_command_starts_quickly_and_runs_as_a_module(tmp_path):
-    heavy = "{'numpy', 'sqlite_utils', 'paramiko', 'tqdm'} & set(sys.modules)"
+    heavy = "{'asyncio', 'numpy', 'sqlite_utils', 'paramiko', 'tqdm'} & set(sys.modules)"
     code = f"import sys; from minray import command; sys.exit(repr({heavy}) if {heavy} else 0)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     ended = subprocess.run(
