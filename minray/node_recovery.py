@@ -99,7 +99,8 @@ class NodeRecovery(NodeTasks):
         task = entry.task
         if task is not None and task.template.options.streaming:
             task.stream.lost[object_id] = None  # A run in hand may be past it.
-        if task is not None and task.state < FINISHED:
+        is_running = task is not None and task.state < FINISHED
+        if task is not None and is_running and not self._is_past(task, object_id):
             return  # It is on its way.
         refusal = self._why_not_again(task)
         if task is None or refusal:
@@ -112,6 +113,9 @@ class NodeRecovery(NodeTasks):
             self._event("object_not_rebuilt", object_id, refusal, self._now)
             error = error_payload(kind, message)
             self.lineage.seal(entry, (error, len(error), ()), True, self._now)
+            return
+        if is_running:  # Its turn comes when this run has ended.
+            self._go_on_or_start_over(task)
             return
         task.retries_left -= task.retries_left > 0
         short = ids.short(object_id)
@@ -139,7 +143,7 @@ class NodeRecovery(NodeTasks):
             return "the generator that yielded it has failed"
         if not task.retries_left:
             return f"its task has used up its max_retries={options.max_retries}"
-        if (task.spec.deps or task.spec.nested) and task.origins is None:
+        if task.state >= FINISHED and (task.spec.deps or task.spec.nested) and task.origins is None:
             return "what its task was given is not kept any more, since too many newer results have a lineage, too"
         return ""
 

@@ -20,6 +20,7 @@ as other children's returns are, and what is gone all the same is made again.
 
 A generator with backpressure asks for room (RoomAwaited) when as many items as its options allow are not taken, and
 stands still until it gets the answer.  Its CPU is lent meanwhile: the items may be taken by what waits for a CPU.
+If an item that it has yielded is lost meanwhile, its worker is ended, and it begins anew: an attempt, like any replay.
 
 Left out: streams that cross nodes, readers in several processes.
 """
@@ -30,7 +31,7 @@ from typing import Any
 
 from minray import ids
 from minray.lineage import CONSTRUCTED, ObjectEntry, Request, Stream, Task
-from minray.messages import DRIVER, ItemsRequested, ItemsYielded, RoomAwaited, Warn
+from minray.messages import DRIVER, ItemsRequested, ItemsYielded, KillWorker, RoomAwaited, Warn
 from minray.node_recovery import NodeRecovery
 from minray.task_spec import DYNAMIC, FINISHED, STREAMING
 
@@ -108,6 +109,13 @@ class NodeStreams(NodeRecovery):
             self.lineage.free(entry)
 
     # ------------------------------------------------------------ the end
+
+    def _is_past(self, task: Task, object_id: bytes) -> bool:
+        """Whether its run in hand has yielded that item, and will not do so again."""
+        stream = task.stream
+        if not task.template.options.streaming or stream.attempt != task.attempt:
+            return False
+        return object_id < ids.item_id(task.spec.task_id, stream.num_yielded)
 
     def _count_items(self, task: Task) -> None:
         """The generator has come to its end: has it yielded as many items as in an earlier run?"""
@@ -188,7 +196,7 @@ class NodeStreams(NodeRecovery):
                     self.lineage.release(item_id)
                 client.held[item_id] = None
         stream.num_taken = end
-        self._go_on_if_room(task, stream)
+        self._go_on_or_start_over(task)
         return had
 
     def _reader_gone(self, task: Task) -> None:
@@ -200,7 +208,7 @@ class NodeStreams(NodeRecovery):
         stream.gaps.clear()
         for item in held:
             self.lineage.release(ids.item_id(task.spec.task_id, item))
-        self._go_on_if_room(task, stream)
+        self._go_on_or_start_over(task)
 
     def _is_forgettable_stream(self, task: Task, another: bool, returns: list[ObjectEntry | None]) -> bool:
         """See `_is_forgettable`; nobody holds its returns.  Nor an item, but for this very attempt?  Are all there?"""
@@ -256,10 +264,14 @@ class NodeStreams(NodeRecovery):
         worker.requests[event.request_id] = request
         if event.blocks:
             self.scheduler.block(worker)
-        self._go_on_if_room(task, stream)
+        self._go_on_or_start_over(task)
 
-    def _go_on_if_room(self, task: Task, stream: Stream) -> None:
-        """If the generator stands still, and need not any more, it goes on."""
+    def _go_on_or_start_over(self, task: Task) -> None:
+        """If the generator stands still, and need not any more, it goes on.
+
+        It may stand still for ever when an item that it has yielded is lost: its reader may wait for what needs that
+        item, and no other run begins before this one has ended.  So this one is ended."""
+        stream = task.stream
         room = stream.room
         if room is None or not room.remaining:
             return
@@ -267,6 +279,11 @@ class NodeStreams(NodeRecovery):
             self._answer(room.client, room.request_id, None)
         elif stream.num_yielded - stream.num_taken < task.template.options.backpressure:
             self._answer(room.client, room.request_id, stream.num_taken)
+        elif any(self._is_past(task, object_id) for object_id in stream.lost):
+            why = "it stands still, and an item that it has yielded is lost"
+            self._event("generator_restarted", task.spec.task_id, why, self._now)
+            self.wire.append(KillWorker(room.client, only_if_running=task.spec.task_id))
+            return
         else:
             return
         stream.room = None

@@ -427,6 +427,18 @@ def test_a_lost_item_is_made_again(module_session):
     assert [int(minray.get(ref)[0]) for ref in refs] == [0, 1, 2, 3]
 
 
+def test_a_lost_item_is_made_again_also_when_its_generator_waits_for_its_reader(module_session):
+    import minray.testing
+
+    generator = arrays.options(_generator_backpressure_num_objects=1).remote(4)
+    refs = [next(generator)]
+    minray.wait([refs[0]])
+    minray.testing.drop(refs[0])
+    assert minray.get(refs[0])[0] == 0  # It takes no other one before it has this.
+    refs += generator
+    assert [int(minray.get(ref)[0]) for ref in refs] == [0, 1, 2, 3]
+
+
 def test_the_second_attempt_of_a_reader_reads_from_the_start(module_session, tmp_path):
     @minray.remote(max_retries=1)
     def read(marker):

@@ -10,7 +10,7 @@ from test_node import T1, VALUE, World, task_id
 from minray import ids
 from minray.lineage import MAX_CHILDREN
 from minray.messages import (
-    DRIVER, CancelRequested, CancelTask, Command, ItemsRequested, ItemsYielded, ObjectLost, ReferencesChanged, Reply, RequestAbandoned, RoomAwaited,
+    DRIVER, CancelRequested, CancelTask, Command, ItemsRequested, ItemsYielded, KillWorker, ObjectLost, ReferencesChanged, Reply, RequestAbandoned, RoomAwaited,
     RunTasks, TasksSubmitted, TemplateDefined, WorkerDied,
 )  # fmt: skip
 from minray.task_spec import CANCELLED, DYNAMIC, FAILED, FINISHED, STREAMING, TaskSpec
@@ -84,6 +84,40 @@ def test_an_item_that_is_lost_while_its_generator_runs_on_is_made_by_another_run
     assert world.node.objects[first].data == "/spill/two"
     assert world.node.objects[ids.item_id(T1, 1)].data == b"11", "what was there stays"
     assert world.state(T1) == FINISHED
+
+
+@pytest.mark.parametrize("lost_first", [True, False])
+def test_a_generator_that_stands_still_begins_anew_when_an_item_is_lost(lost_first: bool) -> None:
+    # What its reader waits for may need the item: it would take no other one, and the generator would never go on.
+    world = streaming_world(workers=2, backpressure=1, max_retries=1)
+    world.submit(T1)
+    one, two = (2, 1) if runs_on(world, T1) == 2 else (1, 2)
+    first = ids.item_id(T1, 0)
+    yields(world, one, T1, 0, ("/spill/one", LARGE, ()))
+    take(world, T1, 0)
+    yields(world, one, T1, 1, 11)
+    waits, loss = RoomAwaited(one, 5, T1, True), ObjectLost(DRIVER, first, "/spill/one", "gone")
+    for event in (loss, waits) if lost_first else (waits, loss):
+        commands = world.handle(event)
+    assert [c for c in commands if isinstance(c, KillWorker)] == [KillWorker(one, only_if_running=T1)]
+    world.handle(WorkerDied(one, "was killed by SIGKILL", T1))
+    assert runs_on(world, T1) == two
+    yields(world, two, T1, 0, ("/spill/two", LARGE, ()), 12)
+    assert world.node.objects[first].data == "/spill/two"
+    assert world.node.objects[ids.item_id(T1, 1)].data == b"11", "what was there stays"
+    assert KillWorker not in map(type, world.handle(RoomAwaited(two, 6, T1, True))), "it was made again"
+
+
+def test_an_item_that_its_generator_may_not_make_again_is_an_error_at_once() -> None:
+    world = streaming_world(backpressure=1, max_retries=0)
+    world.submit(T1)
+    first = ids.item_id(T1, 0)
+    yields(world, 1, T1, 0, ("/spill/one", LARGE, ()))
+    assert world.handle(RoomAwaited(1, 5, T1, True)) == []
+    assert KillWorker not in map(type, world.handle(ObjectLost(DRIVER, first, "/spill/one", "gone")))
+    assert "max_retries=0" in str(world.error(first))
+    assert take(world, T1, 0) == (1, False, [])  # It goes on when its reader has taken the error.
+    assert not world.node.scheduler.workers[1].requests
 
 
 def test_items_of_a_generator_that_failed_are_not_made_again() -> None:
