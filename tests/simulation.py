@@ -1227,12 +1227,14 @@ class Machine:
             assert self.begun[task.no] <= allowed, f"{options.name} [{ids.short(task_id)}] is executed {self.begun[task.no]} times"
         known, parent, maker = self.ended.get(task_id, (None, None, None))
         if known is not None and known.spec.to_wire()[1:6] == task.spec.to_wire()[1:6] and not self.was_lost(task):
-            if maker is not None:
+            if maker is not None and maker.recovery is not None:
                 # What a call has submitted is held while the call is in its actor's log, or in its hands.
-                calls = [*maker.recovery.log, *maker.recovery.again] if maker.recovery is not None else []
+                calls = [*maker.recovery.log, *maker.recovery.again]
                 calls += maker.worker.in_flight.values() if maker.worker is not None else ()
                 is_held = any(call.no == known.parent_no for call in calls)
                 forgotten = self.parents[task.no][1] is not maker or not is_held
+            elif maker is not None:
+                forgotten = True  # With the actor's recovery went what its calls had submitted.
             else:
                 forgotten = parent.state >= FINISHED or parent.no in self.over
             assert forgotten, f"{options.name} [{ids.short(task_id)}] is run again, and its result was known"
