@@ -654,16 +654,17 @@ class Lineage:
         replays: Counter[bytes] = Counter()
         for task in self.replayable.values():
             assert task.state == FINISHED and self.tasks[task.spec.task_id] is task and task.origins is not None
-            replays.update(task.origins)
+            for object_id in task.origins:  # Counter.update() takes its time, also for few.
+                replays[object_id] += 1
         for task in self.tasks.values():
             assert task.children is None or task.state < FINISHED
-            if task.children:
-                replays.update(task.children)
+            for object_id in task.children or ():
+                replays[object_id] += 1
         for entry in self.objects.values():
-            if entry.nested:  # update() takes its time, also for nothing.
-                held.update(entry.nested)
+            for object_id in entry.nested:
+                held[object_id] += 1
         for object_id, entry in self.objects.items():
-            count = held.pop(object_id, 0)
+            count, data = held.pop(object_id, 0), entry.data
             assert object_id == entry.object_id and type(object_id) is bytes
             fits = entry.refs == count or (entry.refs > count and not exact)
             assert fits, f"{short(object_id)}: {entry.refs} refs, not {count}"
@@ -671,13 +672,12 @@ class Lineage:
             needed, pinned = replays.pop(object_id, 0), pins.get(object_id, 0)
             assert entry.replays == needed, f"{short(object_id)}: {entry.replays} replays would need it, not {needed}"
             assert entry.pins == pinned, f"{short(object_id)}: {entry.pins} pins, not {pinned}"
-            will_come = (entry.task is not None and entry.task.state < FINISHED) or object_id in self.promised
-            waiters = [w for w in entry.waiters or () if type(w) is Task or w.remaining > 0]  # type: ignore[union-attr]
-            unwanted = entry.refs <= 0 and not waiters
-            is_away = entry.away is not None
-            assert entry.data is not None or will_come or unwanted or is_away, f"{short(object_id)} never comes"
-            where = self.in_arena.get(object_id) is entry, self.spilling.get(object_id) is entry
-            assert sum(where) == (type(entry.data) is int), f"{short(object_id)} lies at {entry.data!r}, and {where}"
+            if data is None and entry.away is None:
+                will_come = (entry.task is not None and entry.task.state < FINISHED) or object_id in self.promised
+                waiters = [w for w in entry.waiters or () if type(w) is Task or w.remaining > 0]  # type: ignore[union-attr]
+                assert will_come or (entry.refs <= 0 and not waiters), f"{short(object_id)} never comes"
+            where = (self.in_arena.get(object_id) is entry) + (self.spilling.get(object_id) is entry)
+            assert where == (type(data) is int), f"{short(object_id)} lies at {data!r}, and in {where} tables"
         assert not replays, "replays would miss what they need"
         gone = [ids.short(object_id) for object_id, count in held.items() if count]
         assert not gone, f"held and not there: {gone}"

@@ -279,8 +279,9 @@ class Node(NodeWorkers):
                 refs.update(ids.item_id(task.spec.task_id, item) for item in task.stream.held())
             created = self.actors.actors.get(task.spec.task_id) if task.spec.actor is not None else None
             if created is None or created.task is not task:
-                if live and (task.spec.deps or task.spec.nested):
-                    refs.update(task.spec.deps + task.spec.nested)
+                if live:
+                    for object_id in (*task.spec.deps, *task.spec.nested):  # Counter.update() takes its time, also for few.
+                        refs[object_id] += 1
                 in_queue = 0 if task.state == PENDING_ARGS_AVAIL and task.spec.actor_id is None else int(live)
                 stands_in = places[task.no]
                 assert stands_in == in_queue, f"{named(task)}, state {task.state}, stands in {stands_in} places"

@@ -112,10 +112,9 @@ class NodeStreams(NodeRecovery):
 
     def _is_past(self, task: Task, object_id: bytes) -> bool:
         """Whether its run in hand has yielded that item, and will not do so again."""
-        stream = task.stream
-        if not task.template.options.streaming or stream.attempt != task.attempt:
+        if not task.template.options.streaming or task.stream.attempt != task.attempt:
             return False
-        return object_id < ids.item_id(task.spec.task_id, stream.num_yielded)
+        return object_id < ids.item_id(task.spec.task_id, task.stream.num_yielded)
 
     def _count_items(self, task: Task) -> None:
         """The generator has come to its end: has it yielded as many items as in an earlier run?"""
