@@ -68,7 +68,7 @@ class DistributedActors(GivenTasks):
                 return
         super()._actor_submitted(task, options, now)
 
-    def _place_actors(self, now: float) -> None:
+    def _place_actors(self) -> None:
         """The head: each new actor goes to where the fewest live, among the nodes that have what it needs."""
         for shape in [shape for shape in self.scheduler.active if shape.exclusive]:
             staying: list[Task] = []

@@ -52,12 +52,11 @@ _first = threading.Lock()  # Two threads of a task that begin to count at once m
 class TaskContext:
     """The task that a thread executes: who its children are."""
 
-    __slots__ = ("task_id", "options", "numbers", "actor_id", "resources")
+    __slots__ = ("task_id", "options", "numbers")
 
-    def __init__(self, task_id: bytes, options: TaskOptions | None, actor_id: bytes | None = None) -> None:
+    def __init__(self, task_id: bytes, options: TaskOptions | None) -> None:
         self.task_id = task_id
         self.options = options
-        self.actor_id = actor_id
         self.numbers: tuple[bytes, bytes, Any, Any] = (b"", b"", None, None)  # whose, of children and puts
 
     def next_task_id(self) -> bytes:

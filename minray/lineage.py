@@ -225,7 +225,7 @@ class Lineage:
         self._delete_file = delete_file
         self._handle_dropped = handle_dropped
         self._wanted_again = wanted_again
-        self.awaited_away: Callable[[ObjectEntry, Task | Request], None]  # set, and used, on a cluster only
+        self.awaited_away: Callable[[ObjectEntry], None]  # set, and used, on a cluster only
         self.away_let_go: Callable[[ObjectEntry], None]
         self.stream_opened: Callable[[Task], None]  # set by the node
         self.reader_gone: Callable[[Task], None]
@@ -279,7 +279,7 @@ class Lineage:
                 self.drop_value(value)
             return None
         entry = self.objects[object_id] = ObjectEntry(object_id, None, 1)
-        self._fill(entry, value, now)
+        self._fill(entry, value)
         self._record(entry, now)
         return entry
 
@@ -297,7 +297,7 @@ class Lineage:
     def seal(self, entry: ObjectEntry, value: Value, is_error: bool, now: float) -> None:
         """The value is there: wake everyone who waits for it."""
         entry.is_error = is_error
-        self._fill(entry, value, now)
+        self._fill(entry, value)
         if type(entry.data) is not bytes:
             self._record(entry, now)
         waiters = entry.waiters
@@ -314,7 +314,7 @@ class Lineage:
                     if not waiter.remaining:
                         self._request_ready(waiter)
 
-    def _fill(self, entry: ObjectEntry, value: Value, now: float) -> None:
+    def _fill(self, entry: ObjectEntry, value: Value) -> None:
         before = entry.nested  # On a cluster: known while the value was elsewhere.
         entry.data, entry.size, entry.nested = value
         for object_id in entry.nested:
@@ -346,7 +346,7 @@ class Lineage:
 
     def wait_for(self, entry: ObjectEntry, waiter: Task | Request) -> None:
         if entry.away is not None:
-            self.awaited_away(entry, waiter)
+            self.awaited_away(entry)
         waiters = entry.waiters
         if waiters is None:
             entry.waiters = [waiter]
