@@ -367,7 +367,7 @@ def _answer(sock: socket.socket, message: object) -> None:
 
 
 def _insist(step: Callable[[], T], sock: socket.socket, seq: int, paths: Sequence[str]) -> T:
-    """Do `step`, again and again while SQLite says that the disk is full; the node is told once.
+    """Do `step`, again and again while SQLite says what may pass (`_TRANSIENT`); the node is told once.
 
     `paths`: the files, one of which cannot be written."""
     hung_up = select.poll()
@@ -415,7 +415,7 @@ def close_file(path: str) -> None:
 
 
 def main(sock: socket.socket, path: str, history: int = HISTORY, job: dict[str, Any] | None = None) -> None:
-    """The body of the GCS process; returns when the driver is gone, or exits with 1 if the disk is still full then.
+    """The body of the GCS process; returns when the driver is gone, or exits with 1 if the file cannot be written even then.
 
     Meant for a process of its own: it changes the umask, signals and garbage collection.
     """

@@ -2,8 +2,8 @@
 
 Pure: no process, clock or file.  Owns the entries of both tables, reference counts,
 pins and the waiting lists that hang on an object.  It does not know workers, queues or
-resources; it tells its node what became runnable, which requests were fulfilled, and which
-files to delete, through the three callbacks it is given.
+resources; it tells its node what became runnable, which requests were fulfilled, which files
+to delete, who has gone and what is wanted again, through the callbacks it is given.
 
 The life of an object: *pending* (its task has not finished), *ready* (inline, in the
 arena, or in a file), *freed*; lost, it is pending again.  Three counts keep it:
@@ -173,7 +173,6 @@ class ObjectEntry:
         self.task = task  # that returns it; None: put, nothing to replay
         self.no = 0  # row number in the GCS; 0: has no row of its own
         self.away: Away | None = None  # what other nodes have to do with it, on a cluster
-
 
     @property
     def is_handle(self) -> bool:

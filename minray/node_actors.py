@@ -7,7 +7,6 @@ raised, a worker that died too often.
 
 from __future__ import annotations
 
-
 from minray import ids
 from minray.actor_table import Actor
 from minray.lineage import Task
@@ -15,7 +14,6 @@ from minray.messages import ActorKillRequested, ActorLookedUp, CallsCounted, Exi
 from minray.node_exact import NodeExact
 from minray.scheduler import Client, WorkerRecord
 from minray.task_spec import ALIVE, DEAD, FAILED, FINISHED, PENDING_NODE_ASSIGNMENT, RESTARTING, ActorOptions
-
 
 
 class NodeActors(NodeExact):

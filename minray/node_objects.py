@@ -20,7 +20,6 @@ from minray.object_store import partial_path
 from minray.scheduler import Client, WorkerRecord
 
 
-
 class NodeObjects(NodeTables):
     def handle_object_put(self, event: ObjectPut, now: float) -> None:
         client = self._client(event.client)

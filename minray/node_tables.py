@@ -1,6 +1,6 @@
 """What a node knows: the fields that all chapters of `Node` share, and how its history is noted.
 
-`Node` is one class in eight chapters, each a file and a base class of the next, from the ground up:
+`Node` is one class in nine chapters, each a file and a base class of the next, from the ground up:
 
 ======================  =========================================================
 node_tables.py          the data, and notes for the GCS (this file)

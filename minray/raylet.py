@@ -651,4 +651,3 @@ class Raylet:
                     # Not only closed: a process that the driver has forked may have it, too.
                     self._gcs.sock.shutdown(socket.SHUT_WR)
             self._close_descriptors()
-
