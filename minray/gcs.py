@@ -415,7 +415,7 @@ def close_file(path: str) -> None:
 
 
 def main(sock: socket.socket, path: str, history: int = HISTORY, job: dict[str, Any] | None = None) -> None:
-    """The body of the GCS process; returns when the driver is gone, or exits with 1 if the file cannot be written even then.
+    """The body of the GCS process; returns when the driver is gone; exits with 1 if the file cannot be written then.
 
     Meant for a process of its own: it changes the umask, signals and garbage collection.
     """
