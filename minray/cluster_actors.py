@@ -518,9 +518,7 @@ class DistributedActors(GivenTasks):
             actor_id = event.answer[0]
             self._know(actor_id, event.client)
             if is_there:
-                pins = self._client(client).pins
-                self.lineage.pin(self.objects[actor_id])
-                pins[actor_id] = pins.get(actor_id, 0) + 1
+                self._pin(self._client(client), self.objects[actor_id])
             self._tell(event.client, Unpinned(self.me, [actor_id]))
         if is_there:
             self._answer(client, request_id, event.answer)

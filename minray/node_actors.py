@@ -140,10 +140,8 @@ class NodeActors(NodeExact):
             self._answer(event.client, event.request_id, None)
             return
         # The asker has a handle when it has read this; until it says so, the actor is kept for it.
-        client, actor_id = self._client(event.client), actor.actor_id
-        self.lineage.pin(self.objects[actor_id])
-        client.pins[actor_id] = client.pins.get(actor_id, 0) + 1
-        self._answer(event.client, event.request_id, (actor_id, actor.task.template.options.interface))
+        self._pin(self._client(event.client), self.objects[actor.actor_id])
+        self._answer(event.client, event.request_id, (actor.actor_id, actor.task.template.options.interface))
 
     # ------------------------------------------------------------ ends of actors
 
