@@ -100,6 +100,11 @@ class NodeTables(ABC):
             if task.state == FINISHED:
                 self._event("attempt_finished", task.spec.task_id, f"attempt {number} finished", task.finished_s)
 
+    def _where_to_look(self, worker: WorkerRecord, reason: str) -> str:
+        """For whoever asks why the worker has ended: a line of an error message."""
+        hint = "SIGKILL often means that the machine ran out of memory. " if "SIGKILL" in reason else ""
+        return f"{hint}The worker's output is in <session>/logs/worker-{worker.client}.log\n"
+
     def worker_id(self, client: int) -> bytes:
         return ids.pack_id(self.session_id, client, ids.WORKER)
 

@@ -85,9 +85,7 @@ class NodeWorkers(NodePlacement):
                 "WorkerCrashedError",
                 f"worker {worker.client} (pid {worker.pid}, node {self.label}) {reason} while running "
                 f"{options.name}() [task {short}], attempt {task.attempt} of {options.max_retries + 1}.\n"
-                "The task may have run partway. minray will not run it again.\n"
-                + ("SIGKILL often means that the machine ran out of memory. " if "SIGKILL" in reason else "")
-                + f"The worker's output is in <session>/logs/worker-{worker.client}.log\n"
+                f"The task may have run partway. minray will not run it again.\n{self._where_to_look(worker, reason)}"
                 f"To allow more attempts: @minray.remote(max_retries=...).  Its history: minray story {short}",
             )
 
