@@ -52,7 +52,6 @@ import select
 import signal
 import socket
 import sqlite3
-import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -62,6 +61,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from zlib import crc32
 
 from minray import clock
+from minray.channel import frame, unpack_length
 from minray.checksum import row_checksum
 from minray.schema import JOB_STATES, SQL_FILE, TABLES
 from minray.task_spec import DEAD, FINISHED, OBJECT_STATES, REMOVED, WORKER_STATES
@@ -314,13 +314,12 @@ class _BuiltinsUnpickler(pickle.Unpickler):
 
 
 def send(sock: socket.socket, message: object) -> None:
-    data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-    sock.sendall(struct.pack("<I", len(data)) + data)
+    sock.sendall(frame(message))
 
 
 def receive(sock: socket.socket) -> Any:
     """The next message; EOFError when the other side is gone, even in the middle of one."""
-    (size,) = struct.unpack("<I", _receive_exactly(sock, 4))
+    (size,) = unpack_length(_receive_exactly(sock, 4))
     return _BuiltinsUnpickler(io.BytesIO(_receive_exactly(sock, size))).load()
 
 
