@@ -91,5 +91,3 @@ def __getattr__(name: str) -> object:
     if name == "cross_language":
         raise AttributeError(f"minray.{name} is not there yet (docs/compatibility.md says what is)")
     raise AttributeError(f"module 'minray' has no attribute {name!r}")
-
-

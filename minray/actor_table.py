@@ -124,6 +124,9 @@ class Actor:
         self.beside = sys.maxsize if asked.concurrency_groups else asked.concurrency - 1
         self.unrecoverable = ""  # why it has lost its recovery
 
+    def __str__(self) -> str:
+        return f"actor {self.options.class_name} [{ids.short(self.actor_id)}]"
+
     def enqueue(self, task: Task) -> None:
         queue = self.queues.get(task.caller)
         if queue is None:

@@ -68,7 +68,7 @@ class DistributedActors(GivenTasks):
                 return
         super()._actor_submitted(task, options, now)
 
-    def _place_actors(self, now: float) -> None:
+    def _place_actors(self) -> None:
         """The head: each new actor goes to where the fewest live, among the nodes that have what it needs."""
         for shape in [shape for shape in self.scheduler.active if shape.exclusive]:
             staying: list[Task] = []
@@ -518,9 +518,7 @@ class DistributedActors(GivenTasks):
             actor_id = event.answer[0]
             self._know(actor_id, event.client)
             if is_there:
-                pins = self._client(client).pins
-                self.lineage.pin(self.objects[actor_id])
-                pins[actor_id] = pins.get(actor_id, 0) + 1
+                self._pin(self._client(client), self.objects[actor_id])
             self._tell(event.client, Unpinned(self.me, [actor_id]))
         if is_there:
             self._answer(client, request_id, event.answer)

@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Union
 
 from minray.messages import (
-    ActorKillRequested, ActorLookedUp, CallsCounted, CancelRequested, Event, FunctionExported, Ids, NodeQueried,
+    ActorKillRequested, ActorLookedUp, CallsCounted, CancelRequested, FunctionExported, Ids, NodeQueried,
     ObjectLost, ObjectsAwaited, ReferencesChanged, TasksFinished, TemplateDefined, Unpinned,
 )  # fmt: skip
 from minray.task_spec import TaskSpec
@@ -102,7 +102,6 @@ class LoadReported(NamedTuple):
 
     client: int
     own_tasks: int
-    free_cpus: float
 
 
 class Answered(NamedTuple):
@@ -157,5 +156,3 @@ FromNode = Union[
     Unpinned, CancelRequested, ActorKillRequested, ActorLookedUp, CallsCounted, NodeQueried,
 ]  # fmt: skip
 """What a node may say to another; all else comes from the shell or from workers."""
-
-ClusterEvent = Union[Event, FromNode, NodeJoined, NodeDied, ObjectArrived, FetchFailed]

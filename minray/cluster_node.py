@@ -110,7 +110,7 @@ class ClusterNode(DistributedActors):
             self._send_calls(now)
         if self.scheduler.active or type(event) not in CHANGES_NO_QUEUE:
             if not self.up and self.neighbours:
-                self._place_actors(now)
+                self._place_actors()
             if self.scheduler.active and self._hungry:
                 self._share(only_idle=True)
             self.scheduler.dispatch(now)
@@ -221,7 +221,7 @@ class ClusterNode(DistributedActors):
             return
         self._beat_at = now + HEARTBEAT_S
         if self.up:
-            self._tell(self.up, LoadReported(self.me, self._own_tasks(), self.scheduler.available.get("CPU", 0) / UNIT))
+            self._tell(self.up, LoadReported(self.me, self._own_tasks()))
             return
         for client, neighbour in list(self.neighbours.items()):
             if now >= neighbour.heard_s + SILENT_NODE_S:

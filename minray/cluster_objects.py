@@ -202,7 +202,7 @@ class SharedObjects(Node):
 
     # ------------------------------------------------------------ waiting
 
-    def _awaited_away(self, entry: ObjectEntry, waiter: Task | Request) -> None:
+    def _awaited_away(self, entry: ObjectEntry) -> None:
         """Somebody begins to wait for an object that is not here."""
         if not self.is_available(entry):
             self._ask(entry)

@@ -52,12 +52,11 @@ _first = threading.Lock()  # Two threads of a task that begin to count at once m
 class TaskContext:
     """The task that a thread executes: who its children are."""
 
-    __slots__ = ("task_id", "options", "numbers", "actor_id", "resources")
+    __slots__ = ("task_id", "options", "numbers")
 
-    def __init__(self, task_id: bytes, options: TaskOptions | None, actor_id: bytes | None = None) -> None:
+    def __init__(self, task_id: bytes, options: TaskOptions | None) -> None:
         self.task_id = task_id
         self.options = options
-        self.actor_id = actor_id
         self.numbers: tuple[bytes, bytes, Any, Any] = (b"", b"", None, None)  # whose, of children and puts
 
     def next_task_id(self) -> bytes:
@@ -545,9 +544,9 @@ class CoreWorker(ABC):
                 "`await ref` and ref.as_future() need a running event loop of asyncio, and there is none in this "
                 "thread. Use minray.get(ref), or run the coroutine with asyncio.run(...)."
             ) from None
-        waiter = _LoopWaiter(self, ref, loop)
-        self.await_future(waiter)
-        return waiter.result
+        result = loop.create_future()
+        self.await_future(_LoopWaiter(self, ref, result))
+        return result
 
     def value_now(self, ref: ObjectRef[Any], answer: Any) -> Any:
         """The value that an answer brings; its error, or ValueLost, is raised.  Does not wait: it runs in the loop."""
@@ -574,15 +573,24 @@ class _FutureWaiter(Waiter):
 
     __slots__ = ("_core", "ref", "_future")
 
-    def __init__(self, core: CoreWorker, ref: ObjectRef[Any], future: concurrent.futures.Future[Any]) -> None:
+    def __init__(self, core: CoreWorker, ref: ObjectRef[Any], future: Any) -> None:
         super().__init__()
         self._core = core
         self.ref = ref
-        self._future = future
+        self._future = future  # of concurrent.futures; an event loop's, in a `_LoopWaiter`
 
     def set(self, answer: Any = None) -> None:
         self.done = True
-        if not (self._future.running() or self._future.set_running_or_notify_cancel()):
+        self._settle(answer)
+
+    def fail(self, error: BaseException) -> None:
+        self.done = True
+        if self._is_wanted():
+            self._raise(error)
+
+    def _settle(self, answer: Any) -> None:
+        """With the value that the answer brings; if that is lost, the future waits anew."""
+        if not self._is_wanted():
             self._core.unpin_unread(answer or ())
             return
         try:
@@ -591,14 +599,16 @@ class _FutureWaiter(Waiter):
             self._core.tell_lost(lost)
             self._core.await_future(self)
         except BaseException as error:
-            self._future.set_exception(error)
+            self._raise(error)
         else:
             self._future.set_result(value)
 
-    def fail(self, error: BaseException) -> None:
-        self.done = True
-        if self._future.running() or self._future.set_running_or_notify_cancel():
-            self._future.set_exception(error)
+    def _is_wanted(self) -> bool:
+        """It has not been cancelled, and cannot be any more."""
+        return bool(self._future.running() or self._future.set_running_or_notify_cancel())
+
+    def _raise(self, error: BaseException) -> None:
+        self._future.set_exception(error)
 
 
 class _AnswerWaiter(_FutureWaiter):
@@ -610,64 +620,47 @@ class _AnswerWaiter(_FutureWaiter):
         Waiter.__init__(self)
         self._future = future
 
-    def set(self, answer: Any = None) -> None:
-        self.done = True
-        if self._future.running() or self._future.set_running_or_notify_cancel():
+    def _settle(self, answer: Any) -> None:
+        if self._is_wanted():
             self._future.set_result(answer)
 
 
 class _LoopWaiter(_FutureWaiter):
     """Sets a future of an event loop, in that loop's thread."""
 
-    __slots__ = ("result", "_loop", "_thread")
+    __slots__ = ("_loop", "_thread")
 
-    def __init__(self, core: CoreWorker, ref: ObjectRef[Any], loop: asyncio.AbstractEventLoop) -> None:
-        Waiter.__init__(self)
-        self._core = core
-        self.ref = ref
-        self.result: asyncio.Future[Any] = loop.create_future()
-        self._loop = loop
+    def __init__(self, core: CoreWorker, ref: ObjectRef[Any], future: asyncio.Future[Any]) -> None:
+        super().__init__(core, ref, future)
+        self._loop = future.get_loop()
         self._thread = threading.get_ident()
 
     def set(self, answer: Any = None) -> None:
         self.done = True
         if threading.get_ident() == self._thread:
-            self._resolve(answer)
+            self._settle(answer)
         else:
-            self._in_loop(self._resolve, answer)
+            self._in_loop(self._settle, answer)
 
     def fail(self, error: BaseException) -> None:
         self.done = True
-        self._in_loop(self._settle, error)
+        self._in_loop(super().fail, error)
 
     def _in_loop(self, act: Callable[[Any], None], argument: Any) -> None:
         try:
             self._loop.call_soon_threadsafe(act, argument)
         except RuntimeError:  # The loop has been closed, so nobody waits.
-            if act == self._resolve:
+            if act == self._settle:
                 self._core.unpin_unread(argument or ())
 
-    def _resolve(self, answer: Any) -> None:
-        if self.result.done():  # Cancelled.
-            self._core.unpin_unread(answer or ())
-            return
-        try:
-            value = self._core.value_now(self.ref, answer)
-        except ValueLost as lost:
-            self._core.tell_lost(lost)
-            self._core.await_future(self)
-        except BaseException as error:
-            self._settle(error)
-        else:
-            self.result.set_result(value)
+    def _is_wanted(self) -> bool:
+        return not self._future.done()
 
-    def _settle(self, error: BaseException) -> None:
-        if self.result.done():
-            return
+    def _raise(self, error: BaseException) -> None:
         try:
-            self.result.set_exception(error)
+            self._future.set_exception(error)
         except TypeError:  # A StopIteration cannot leave a coroutine.
-            self.result.set_exception(RuntimeError(f"the task raised StopIteration: {error}"))
+            self._future.set_exception(RuntimeError(f"the task raised StopIteration: {error}"))
 
 
 def _fault(error: OSError) -> str:

@@ -24,7 +24,7 @@ from minray.core_worker import CoreWorker, TaskContext, ValueLost, raise_stored
 from minray.ending import Ending
 from minray.interrupts import guard_handlers, interruptible, raise_deferred, unguard_handlers, uninterruptible
 from minray.loop import Loop, Waiter
-from minray.messages import DRIVER, Event, NodeQueried, ObjectsAwaited, ResourcesAdded
+from minray.messages import DRIVER, Event, ObjectsAwaited, ResourcesAdded
 from minray.node import Node
 from minray.object_ref import ObjectRef
 from minray.object_store import Arena, plan_arena
@@ -347,9 +347,6 @@ class Driver(CoreWorker):
         if self.raylet.broken:
             self.end_futures(self.raylet.broken)
         return result
-
-    def query(self, what: str) -> Any:
-        return self.ask(lambda rid: NodeQueried(DRIVER, rid, what))
 
     # ------------------------------------------------------------ the GCS
 

@@ -52,7 +52,6 @@ import select
 import signal
 import socket
 import sqlite3
-import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -62,6 +61,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from zlib import crc32
 
 from minray import clock
+from minray.channel import frame, unpack_length
 from minray.checksum import row_checksum
 from minray.schema import JOB_STATES, SQL_FILE, TABLES
 from minray.task_spec import DEAD, FINISHED, OBJECT_STATES, REMOVED, WORKER_STATES
@@ -314,13 +314,12 @@ class _BuiltinsUnpickler(pickle.Unpickler):
 
 
 def send(sock: socket.socket, message: object) -> None:
-    data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-    sock.sendall(struct.pack("<I", len(data)) + data)
+    sock.sendall(frame(message))
 
 
 def receive(sock: socket.socket) -> Any:
     """The next message; EOFError when the other side is gone, even in the middle of one."""
-    (size,) = struct.unpack("<I", _receive_exactly(sock, 4))
+    (size,) = unpack_length(_receive_exactly(sock, 4))
     return _BuiltinsUnpickler(io.BytesIO(_receive_exactly(sock, size))).load()
 
 
@@ -367,7 +366,7 @@ def _answer(sock: socket.socket, message: object) -> None:
 
 
 def _insist(step: Callable[[], T], sock: socket.socket, seq: int, paths: Sequence[str]) -> T:
-    """Do `step`, again and again while SQLite says that the disk is full; the node is told once.
+    """Do `step`, again and again while SQLite says what may pass (`_TRANSIENT`); the node is told once.
 
     `paths`: the files, one of which cannot be written."""
     hung_up = select.poll()
@@ -415,7 +414,7 @@ def close_file(path: str) -> None:
 
 
 def main(sock: socket.socket, path: str, history: int = HISTORY, job: dict[str, Any] | None = None) -> None:
-    """The body of the GCS process; returns when the driver is gone, or exits with 1 if the disk is still full then.
+    """The body of the GCS process; returns when the driver is gone; exits with 1 if the file cannot be written then.
 
     Meant for a process of its own: it changes the umask, signals and garbage collection.
     """

@@ -258,17 +258,11 @@ def _lock(descriptor: int, byte: int) -> bool:
     return True
 
 
-def _holder(descriptor: int, byte: int) -> int:
-    """The pid of the process that has locked it, 0 if none (or if it is of another PID namespace)."""
+def _holder(descriptor: int, byte: int) -> int | None:
+    """The pid of the process that has locked it (0 if it is of another PID namespace); None if nobody has."""
     query = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
     kind, _, _, _, pid = struct.unpack("hhqqi4x", fcntl.fcntl(descriptor, fcntl.F_GETLK, query))
-    return 0 if kind == fcntl.F_UNLCK else max(pid, 0)
-
-
-def _is_locked(descriptor: int, byte: int) -> bool:
-    query = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
-    found: int = struct.unpack("hhqqi4x", fcntl.fcntl(descriptor, fcntl.F_GETLK, query))[0]
-    return found != fcntl.F_UNLCK
+    return None if kind == fcntl.F_UNLCK else max(pid, 0)
 
 
 def _take_job(directory: str, name: str) -> int:
@@ -295,12 +289,11 @@ def _take_job(directory: str, name: str) -> int:
         )
     try:
         deadline = time.monotonic() + GCS_END_S
-        while _is_locked(descriptor, _GCS):
+        while (writing := _holder(descriptor, _GCS)) is not None:
             if time.monotonic() > deadline:
                 raise JobInUseError(
-                    f"the last run of the job {name!r} has ended, but its GCS (pid {_holder(descriptor, _GCS)}) has "
-                    f"been writing results for {GCS_END_S:g} s. Nothing was started. Is the disk full? Try again when "
-                    "it has ended."
+                    f"the last run of the job {name!r} has ended, but its GCS (pid {writing}) has been writing results "
+                    f"for {GCS_END_S:g} s. Nothing was started. Is the disk full? Try again when it has ended."
                 )
             time.sleep(0.005)
         facts = {
@@ -656,7 +649,7 @@ def _state_now(path: str, job: str, state: str) -> str:
     except OSError:
         return "FAILED"
     try:
-        return "RUNNING" if _is_locked(descriptor, _DRIVER) else "FAILED"
+        return "FAILED" if _holder(descriptor, _DRIVER) is None else "RUNNING"
     finally:
         os.close(descriptor)
 

@@ -2,8 +2,8 @@
 
 Pure: no process, clock or file.  Owns the entries of both tables, reference counts,
 pins and the waiting lists that hang on an object.  It does not know workers, queues or
-resources; it tells its node what became runnable, which requests were fulfilled, and which
-files to delete, through the three callbacks it is given.
+resources; it tells its node what became runnable, which requests were fulfilled, which files
+to delete, who has gone and what is wanted again, through the callbacks it is given.
 
 The life of an object: *pending* (its task has not finished), *ready* (inline, in the
 arena, or in a file), *freed*; lost, it is pending again.  Three counts keep it:
@@ -174,7 +174,6 @@ class ObjectEntry:
         self.no = 0  # row number in the GCS; 0: has no row of its own
         self.away: Away | None = None  # what other nodes have to do with it, on a cluster
 
-
     @property
     def is_handle(self) -> bool:
         """It stands for an actor."""
@@ -225,7 +224,7 @@ class Lineage:
         self._delete_file = delete_file
         self._handle_dropped = handle_dropped
         self._wanted_again = wanted_again
-        self.awaited_away: Callable[[ObjectEntry, Task | Request], None]  # set, and used, on a cluster only
+        self.awaited_away: Callable[[ObjectEntry], None]  # set, and used, on a cluster only
         self.away_let_go: Callable[[ObjectEntry], None]
         self.stream_opened: Callable[[Task], None]  # set by the node
         self.reader_gone: Callable[[Task], None]
@@ -279,7 +278,7 @@ class Lineage:
                 self.drop_value(value)
             return None
         entry = self.objects[object_id] = ObjectEntry(object_id, None, 1)
-        self._fill(entry, value, now)
+        self._fill(entry, value)
         self._record(entry, now)
         return entry
 
@@ -297,7 +296,7 @@ class Lineage:
     def seal(self, entry: ObjectEntry, value: Value, is_error: bool, now: float) -> None:
         """The value is there: wake everyone who waits for it."""
         entry.is_error = is_error
-        self._fill(entry, value, now)
+        self._fill(entry, value)
         if type(entry.data) is not bytes:
             self._record(entry, now)
         waiters = entry.waiters
@@ -314,7 +313,7 @@ class Lineage:
                     if not waiter.remaining:
                         self._request_ready(waiter)
 
-    def _fill(self, entry: ObjectEntry, value: Value, now: float) -> None:
+    def _fill(self, entry: ObjectEntry, value: Value) -> None:
         before = entry.nested  # On a cluster: known while the value was elsewhere.
         entry.data, entry.size, entry.nested = value
         for object_id in entry.nested:
@@ -346,7 +345,7 @@ class Lineage:
 
     def wait_for(self, entry: ObjectEntry, waiter: Task | Request) -> None:
         if entry.away is not None:
-            self.awaited_away(entry, waiter)
+            self.awaited_away(entry)
         waiters = entry.waiters
         if waiters is None:
             entry.waiters = [waiter]

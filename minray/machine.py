@@ -16,8 +16,7 @@ read, since machines in transition mount both.
 
 Every function takes the directory that stands for `/`, so tests build machines out of
 files.  Left out: ulimits (they bind one process, the session has several), cpusets (the
-affinity mask already shows them), macOS's memory pressure (untested there: physical
-memory is reported as available).
+affinity mask already shows them), and how much memory is free at the moment.
 """
 
 from __future__ import annotations
@@ -48,26 +47,14 @@ def cpu_count(root: Path = SLASH) -> int:
 def total_memory_bytes(root: Path = SLASH) -> int:
     """Memory this process may use together with its container: physical, capped by its cgroup limits."""
     total = _meminfo(root).get("MemTotal") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([total, *(limit for _, limit in _memory_limits(root))])
+    return min([total, *_memory_limits(root)])
 
 
-def available_memory_bytes(root: Path = SLASH) -> int:
-    """Memory that could be had now without swapping; page cache that can be dropped counts as free."""
-    available = _meminfo(root).get("MemAvailable") or total_memory_bytes(root)
-    for group, limit in _memory_limits(root):
-        used = _words(group / "memory.current") or _words(group / "memory.usage_in_bytes") or ["0"]
-        statistics = _words(group / "memory.stat")
-        pairs = dict(zip(statistics[::2], statistics[1::2], strict=False))
-        cache = pairs.get("total_inactive_file") or pairs.get("inactive_file", "0")
-        available = min(available, max(0, limit - int(used[0]) + int(cache)))
-    return available
-
-
-def _memory_limits(root: Path) -> Iterator[tuple[Path, int]]:
+def _memory_limits(root: Path) -> Iterator[int]:
     for group in _groups(root, "memory"):
         limit = _words(group / "memory.max") or _words(group / "memory.limit_in_bytes")
         if limit and limit[0].isdigit():  # not "max"; v1's "none" is a number near 2**63, harmless in a min()
-            yield group, int(limit[0])
+            yield int(limit[0])
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:

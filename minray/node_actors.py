@@ -7,7 +7,6 @@ raised, a worker that died too often.
 
 from __future__ import annotations
 
-
 from minray import ids
 from minray.actor_table import Actor
 from minray.lineage import Task
@@ -15,7 +14,6 @@ from minray.messages import ActorKillRequested, ActorLookedUp, CallsCounted, Exi
 from minray.node_exact import NodeExact
 from minray.scheduler import Client, WorkerRecord
 from minray.task_spec import ALIVE, DEAD, FAILED, FINISHED, PENDING_NODE_ASSIGNMENT, RESTARTING, ActorOptions
-
 
 
 class NodeActors(NodeExact):
@@ -142,10 +140,8 @@ class NodeActors(NodeExact):
             self._answer(event.client, event.request_id, None)
             return
         # The asker has a handle when it has read this; until it says so, the actor is kept for it.
-        client, actor_id = self._client(event.client), actor.actor_id
-        self.lineage.pin(self.objects[actor_id])
-        client.pins[actor_id] = client.pins.get(actor_id, 0) + 1
-        self._answer(event.client, event.request_id, (actor_id, actor.task.template.options.interface))
+        self._pin(self._client(event.client), self.objects[actor.actor_id])
+        self._answer(event.client, event.request_id, (actor.actor_id, actor.task.template.options.interface))
 
     # ------------------------------------------------------------ ends of actors
 
@@ -189,8 +185,7 @@ class NodeActors(NodeExact):
             why += f" while running {calls[begun - 1].template.options.name}()"
         if actor.unrecoverable:
             why += f". It had lost its exact recovery: {actor.unrecoverable}"
-        hint = "SIGKILL often means that the machine ran out of memory. " if "SIGKILL" in reason else ""
-        hint += f"The worker's output is in <session>/logs/worker-{worker.client}.log\n"
+        hint = self._where_to_look(worker, reason)
         if given_up:
             self._bury(actor, why + given_up, now, hint.rstrip(), begun)
             return
@@ -205,36 +200,16 @@ class NodeActors(NodeExact):
         for position, task in reversed(list(enumerate(calls))):
             if task is actor.task:
                 continue
+            had_begun = position < begun
+            if not had_begun:
+                task.attempt -= 1
             if task.cancelled:
-                task.attempt -= position >= begun
                 self._fail_cancelled(task)
-            elif position >= begun or (recovery is not None and task.spec.task_id != running):
+            elif not had_begun or (recovery is not None and task.spec.task_id != running):
                 # With recovery, one that had ended without an answer is no part of the state that is made again.
-                task.attempt -= position >= begun
                 self._run_again(task)
-            elif task.retries_left:
-                task.retries_left -= task.retries_left > 0
-                self._retried(task, f"ended when {why}")
-                self._run_again(task)
-            elif recovery is not None:
-                limit = task.template.options.max_retries
-                self._fail(
-                    task, "WorkerCrashedError",
-                    f"actor {actor.options.class_name} [{ids.short(actor.actor_id)}]: {why}, attempt {task.attempt} of "
-                    f"{limit + 1}.\nThis call of {task.template.options.name}() [task {ids.short(task.spec.task_id)}] "
-                    "may have run partway; it is not in the state that the actor is given again, and minray will not "
-                    f"repeat it. The actor goes on without it.\n{hint}To allow more attempts: "
-                    "@minray.remote(max_task_retries=...)",
-                )  # fmt: skip
             else:
-                self._fail(
-                    task, "ActorUnavailableError",
-                    f"actor {actor.options.class_name} [{ids.short(actor.actor_id)}]: {why}.\n"
-                    f"This call of {task.template.options.name}() [task {ids.short(task.spec.task_id)}] may have run "
-                    f"partway. The actor is being restarted; minray will not repeat this call.\n{hint}"
-                    "To let calls be repeated: @minray.remote(max_restarts=..., max_task_retries=...)",
-                    actor_id=actor.actor_id.hex(),
-                )  # fmt: skip
+                self._call_interrupted(task, actor, why, hint)
         if actor.unwanted and not actor.pending:
             self._bury(actor, why, now)
             return
@@ -249,6 +224,28 @@ class NodeActors(NodeExact):
         self._mark(actor.task)
         self._run_again(actor.task)
 
+    def _call_interrupted(self, task: Task, actor: Actor, why: str, hint: str) -> None:
+        """It may have run partway in an actor that is made again."""
+        call = f"This call of {task.template.options.name}() [task {ids.short(task.spec.task_id)}]"
+        if task.retries_left:
+            task.retries_left -= task.retries_left > 0
+            self._retried(task, f"ended when {why}")
+            self._run_again(task)
+        elif actor.recovery is not None:
+            self._fail(
+                task, "WorkerCrashedError",
+                f"{actor}: {why}, attempt {task.attempt} of {task.template.options.max_retries + 1}.\n{call} may have "
+                "run partway; it is not in the state that the actor is given again, and minray will not repeat it. The "
+                f"actor goes on without it.\n{hint}To allow more attempts: @minray.remote(max_task_retries=...)",
+            )  # fmt: skip
+        else:
+            self._fail(
+                task, "ActorUnavailableError",
+                f"{actor}: {why}.\n{call} may have run partway. The actor is being restarted; minray will not repeat "
+                f"this call.\n{hint}To let calls be repeated: @minray.remote(max_restarts=..., max_task_retries=...)",
+                actor_id=actor.actor_id.hex(),
+            )  # fmt: skip
+
     def _bury(self, actor: Actor, reason: str, now: float, advice: str = "", begun: int | None = None) -> None:
         """The actor is dead for good: its worker ends, and its calls fail.
 
@@ -257,8 +254,7 @@ class NodeActors(NodeExact):
         is_replaying = actor.recovery is not None and bool(actor.recovery.replaying)
         if actor.recovery is not None:
             self._end_recovery(actor, actor.recovery)
-        name = f"actor {actor.options.class_name} [{ids.short(actor.actor_id)}]"
-        self.actors.bury(actor, f"{name} is dead: {reason}.", advice, now)
+        self.actors.bury(actor, f"{actor} is dead: {reason}.", advice, now)
         self._event("actor_died", actor.actor_id, actor.death, now)
         in_hand: list[Task] = []
         if worker is not None:

@@ -188,7 +188,6 @@ class NodeExact(NodeStreams):
 
     def _not_saved(self, actor: Actor, recovery: Recovery, reason: str, for_good: bool) -> None:
         now = self._now
-        name = f"actor {actor.options.class_name} [{ids.short(actor.actor_id)}]"
         if not for_good and len(recovery.log) >= MAX_LOGGED:
             for_good = True
             reason = f"{reason}\nIt would have to be made from {len(recovery.log):,} calls by now"
@@ -198,7 +197,7 @@ class NodeExact(NodeStreams):
                 self._event("checkpoint_failed", actor.actor_id, reason.splitlines()[0], now)
                 self.wire.append(
                     Warn(
-                        f"{name} could not save its state: {reason}\nThe checkpoint before, and the calls since, "
+                        f"{actor} could not save its state: {reason}\nThe checkpoint before, and the calls since, "
                         f"are kept ({len(recovery.log):,} by now); it is tried again after the next calls."
                     )
                 )
@@ -208,7 +207,7 @@ class NodeExact(NodeStreams):
         self._event("checkpoint_failed", actor.actor_id, actor.unrecoverable, now)
         self.wire.append(
             Warn(
-                f"{name} has no exact recovery any more. CheckpointError: {reason}\nThe actor goes on; should "
+                f"{actor} has no exact recovery any more. CheckpointError: {reason}\nThe actor goes on; should "
                 "its worker die, it will not be made again."
             )
         )
@@ -305,10 +304,7 @@ class NodeExact(NodeStreams):
         name = "a method"
         if call is not None:
             name = f"{call.template.options.name}() [task {ids.short(call.spec.task_id)}]"
-        text = (
-            f"actor {actor.options.class_name} [{ids.short(actor.actor_id)}]: {name} did something else when it was "
-            f"run again after a crash ({how})"
-        )
+        text = f"{actor}: {name} did something else when it was run again after a crash ({how})"
         self._event("replay_diverged", actor.actor_id, text, self._now)
         self.wire.append(
             Warn(

@@ -10,7 +10,7 @@ from typing import Any
 
 from minray import ids
 from minray.exceptions import error_payload
-from minray.lineage import Request
+from minray.lineage import ObjectEntry, Request
 from minray.messages import (
     DRIVER, BlockRefused, BlockRequested, BlocksSpilled, DeleteFile, Fetched, ObjectPut, ObjectsAwaited,
     ReferencesChanged, RequestAbandoned, RoomAbandoned, Unpinned,
@@ -18,7 +18,6 @@ from minray.messages import (
 from minray.node_tables import NodeTables
 from minray.object_store import partial_path
 from minray.scheduler import Client, WorkerRecord
-
 
 
 class NodeObjects(NodeTables):
@@ -75,13 +74,17 @@ class NodeObjects(NodeTables):
         if entry is None or entry.data is None:
             return None
         if type(entry.data) is not bytes:
-            self.lineage.pin(entry)
-            client.pins[object_id] = client.pins.get(object_id, 0) + 1
+            self._pin(client, entry)
         return (entry.data, entry.size, entry.is_error, object_id)
 
     def fetch_for_driver(self, object_id: bytes) -> Fetched | None:
         """The driver reads the table itself; only memory in the arena has to be pinned, which is done here."""
         return self._fetch(self.driver, object_id)
+
+    def _pin(self, client: Client, entry: ObjectEntry) -> None:
+        """It stays as it is until the process has said Unpinned."""
+        self.lineage.pin(entry)
+        client.pins[entry.object_id] = client.pins.get(entry.object_id, 0) + 1
 
     def _unpin(self, client: Client, object_id: bytes) -> None:
         count = client.pins[object_id] - 1

@@ -259,9 +259,8 @@ class NodePlacement(NodeActors):
         actor = worker.actor
         if actor is not None:
             text = (
-                f"actor {actor.options.class_name} [{ids.short(actor.actor_id)}] is dead: {group}, in which it was, "
-                f"was removed ({group.reason}). What it was executing may have run partway. minray will not run it "
-                "again."
+                f"{actor} is dead: {group}, in which it was, was removed ({group.reason}). What it was executing may "
+                "have run partway. minray will not run it again."
             )
             error = error_payload("ActorPlacementGroupRemoved", text)
             actor.cause = (error, f"ActorPlacementGroupRemoved: {text}")

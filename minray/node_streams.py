@@ -190,8 +190,7 @@ class NodeStreams(NodeRecovery):
                 item_id = ids.item_id(event.task_id, item)
                 if item_id in client.held:
                     had.append(item_id)
-                    client.pins[item_id] = client.pins.get(item_id, 0) + 1
-                    self.lineage.pin(self.objects[item_id])
+                    self._pin(client, self.objects[item_id])
                     self.lineage.release(item_id)
                 client.held[item_id] = None
         stream.num_taken = end

@@ -1,6 +1,6 @@
 """What a node knows: the fields that all chapters of `Node` share, and how its history is noted.
 
-`Node` is one class in eight chapters, each a file and a base class of the next, from the ground up:
+`Node` is one class in nine chapters, each a file and a base class of the next, from the ground up:
 
 ======================  =========================================================
 node_tables.py          the data, and notes for the GCS (this file)
@@ -99,6 +99,11 @@ class NodeTables(ABC):
             self._event("attempt_started", task.spec.task_id, text, task.started_s)
             if task.state == FINISHED:
                 self._event("attempt_finished", task.spec.task_id, f"attempt {number} finished", task.finished_s)
+
+    def _where_to_look(self, worker: WorkerRecord, reason: str) -> str:
+        """For whoever asks why the worker has ended: a line of an error message."""
+        hint = "SIGKILL often means that the machine ran out of memory. " if "SIGKILL" in reason else ""
+        return f"{hint}The worker's output is in <session>/logs/worker-{worker.client}.log\n"
 
     def worker_id(self, client: int) -> bytes:
         return ids.pack_id(self.session_id, client, ids.WORKER)

@@ -59,7 +59,7 @@ class NodeWorkers(NodePlacement):
         for task in reversed(in_flight):
             if task.spec.task_id == running or (had_begun and not task.template.may_repeat):
                 had_begun = True
-                self._attempt_lost(task, worker, event.reason, now)
+                self._attempt_lost(task, worker, event.reason)
             else:
                 task.attempt -= 1
                 if task.cancelled:
@@ -71,7 +71,7 @@ class NodeWorkers(NodePlacement):
             for task in self.scheduler.remove_all():
                 self._fail(task, "WorkerCrashedError", f"no worker could be started: {event.reason}. It was not run.")
 
-    def _attempt_lost(self, task: Task, worker: WorkerRecord, reason: str, now: float) -> None:
+    def _attempt_lost(self, task: Task, worker: WorkerRecord, reason: str) -> None:
         options, short = task.template.options, ids.short(task.spec.task_id)
         if task.cancelled:
             self._fail_cancelled(task, "TaskCancelledByForceError")
@@ -85,9 +85,7 @@ class NodeWorkers(NodePlacement):
                 "WorkerCrashedError",
                 f"worker {worker.client} (pid {worker.pid}, node {self.label}) {reason} while running "
                 f"{options.name}() [task {short}], attempt {task.attempt} of {options.max_retries + 1}.\n"
-                "The task may have run partway. minray will not run it again.\n"
-                + ("SIGKILL often means that the machine ran out of memory. " if "SIGKILL" in reason else "")
-                + f"The worker's output is in <session>/logs/worker-{worker.client}.log\n"
+                f"The task may have run partway. minray will not run it again.\n{self._where_to_look(worker, reason)}"
                 f"To allow more attempts: @minray.remote(max_retries=...).  Its history: minray story {short}",
             )
 

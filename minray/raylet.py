@@ -313,7 +313,7 @@ class Raylet:
                         os.read(self._wake_r, 4096)
                     self._awake = False  # When the byte has gone: or another's goes with it, and wake() is never heard.
                 elif kind == "gcs":
-                    self._take_from_gcs(mask, now)
+                    self._take_from_gcs(mask)
                 elif fd == self._zygote.sock.fileno():
                     self._take_from_zygote(now)
             if self.submitted or self._references.born or self._references.dropped or self._unpinned:
@@ -546,7 +546,7 @@ class Raylet:
     def _gcs_patience_s(self) -> float:
         return GCS_SILENCE_S if self._gcs_fault == "silent" else GCS_PATIENCE_S
 
-    def _take_from_gcs(self, mask: int, now: float) -> None:
+    def _take_from_gcs(self, mask: int) -> None:
         if self._gcs is None:
             return
         if mask & select.EPOLLOUT:
@@ -651,4 +651,3 @@ class Raylet:
                     # Not only closed: a process that the driver has forked may have it, too.
                     self._gcs.sock.shutdown(socket.SHUT_WR)
             self._close_descriptors()
-

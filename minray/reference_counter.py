@@ -1,7 +1,7 @@
 """How many ObjectRefs to each object this process has.
 
-`ObjectRef.__init__` and `__del__` may run in any thread, also inside the garbage
-collector while a lock is held.  So they only append to a deque; whoever runs the loop
+A ref may be born (`object_ref.restore`) and dropped (`ObjectRef.__del__`) in any thread, also inside
+the garbage collector while a lock is held.  So both only append to a deque; whoever runs the loop
 counts.
 
 A worker tells the node of its first ref to an object and of its last, not of those between

@@ -43,7 +43,7 @@ STORAGE_VERSION = 1
 SQL_FILE = Path(__file__).with_name("schema.sql")
 
 JOB_STATES = ("RUNNING", "SUCCEEDED", "FAILED")
-"""FAILED: the driver went away without `shutdown()`."""
+"""FAILED: the driver went away without `shutdown()`, or its program failed (see `minray.ending`)."""
 NODE_STATES = ("ALIVE", "DEAD")
 TASK_TYPES = ("NORMAL_TASK", "ACTOR_CREATION_TASK", "ACTOR_TASK")
 
@@ -173,7 +173,7 @@ TABLES: dict[str, Table] = {
             name=(str, "Name of the job; NULL if it has none."),
             entrypoint=(str, "How the driver was started: its command line."),
             driver_pid=(int, "The driver's process."),
-            state=(int, "Index into JOB_STATES; FAILED if the driver went away without shutdown()."),
+            state=(int, "Index into JOB_STATES; FAILED if its program failed, or went away without shutdown()."),
             started_us=(int, "When init() was called."),
             finished_us=(int, "When shutdown() was called, or the driver was found gone."),
             minray_version=(str, "Version of minray."),
@@ -195,7 +195,7 @@ TABLES: dict[str, Table] = {
         ),
     ),
     "events": Table(
-        "What happened that no other row tells: retries, crashes, spills.  The newest 100,000 stay.",
+        "What happened that no other row tells: retries, crashes, losses.  The newest 100,000 stay.",
         _columns(
             no=(int, "Order of the events."),
             time_us=(int, "When it happened."),
@@ -261,7 +261,7 @@ STORAGE_TABLES: dict[str, Table] = {
             no=(int, "Number of the run in this file."),
             job_no=(int, "The job."),
             root_id=(bytes, "ID of the driver's task in that run; in its session it is the job's ID."),
-            state=(int, "Index into JOB_STATES; FAILED if its driver was killed."),
+            state=(int, "Index into JOB_STATES; FAILED if its driver was killed, or its program failed."),
             pid=(int, "The driver's process."),
             host=(str, "Name of the driver's host."),
             session=(str, "Directory of its session while it ran."),

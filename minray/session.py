@@ -8,6 +8,7 @@
             gcs.sqlite            the GCS's file
             logs/  spill/  runtime_env/
         finished/<session>/       the same without the last two; the newest 10 are kept to be looked at
+        environments/  jobs/      what outlives sessions: see virtualenvs.py and job_storage.py
 
 A session is moved from live to finished by its driver; or by its zygote if the driver was killed; or, if
 both were, by the next driver's `sweep`.  All three do the same (`finish_session`), and may do it at once: the

@@ -21,7 +21,7 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -93,8 +93,8 @@ def is_in(path: str, store: str) -> bool:
 # ---------------------------------------------------------------- how it is done
 
 
-def _kept(store: str, name: str, make: object) -> str:
-    """The path of that snapshot; made now, if it is not there."""
+def _kept(store: str, name: str, make: Callable[[str], None]) -> str:
+    """The path of that snapshot; made now, in the directory that `make` is given, if it is not there."""
     target = os.path.join(store, name)
     if os.path.isdir(target):
         return target
@@ -104,7 +104,7 @@ def _kept(store: str, name: str, make: object) -> str:
     partial = f"{target}.{os.getpid()}.{threading.get_ident()}"
     os.mkdir(partial, 0o700)
     try:
-        make(partial)  # type: ignore[operator]
+        make(partial)
         with suppress(OSError):  # Another process was quicker, and has the same.
             os.rename(partial, target)
     finally:

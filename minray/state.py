@@ -156,7 +156,7 @@ def list_events(
     timeout: float = 30,
     detail: bool = False,
 ) -> list[Row]:
-    """The newest events: retries, crashes, spills and the like; see `list_tasks`."""
+    """The newest events: retries, crashes, losses and the like; see `list_tasks`."""
     return _list("event_view", address, filters, limit, timeout, detail)
 
 

@@ -66,7 +66,7 @@ class ZygoteClient:
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         path, fd = _search_path(), theirs.fileno()
         code = f"import sys; sys.path[:] = {path!r}; from minray.zygote import main; main({fd})"
-        environment = {key: value for key, value in os.environ.items()}
+        environment = dict(os.environ)
         environment.setdefault("OMP_NUM_THREADS", "1")
         environment[session.MARK] = self._config["session"]
         self._process = subprocess.Popen(

@@ -486,8 +486,6 @@ class World:
         return self.trace.hexdigest()
 
 
-
-
 if __name__ == "__main__":
     import sys
 

@@ -10,6 +10,7 @@ belongs to it is not counted until the module ends.
 
     session         a fresh session of two CPUs for one test
     module_session  the same for all tests of a module, where their number makes that worth while
+    gate            where a task waits until the test lets it go on
     run_driver      runs a program that uses minray in a process of its own
 """
 
@@ -83,6 +84,14 @@ def session():
 def module_session():
     with minray.init(num_cpus=2) as context:
         yield context
+
+
+@pytest.fixture
+def gate(tmp_path):
+    """The path of a pipe: who opens one end of it stands still until somebody opens the other."""
+    path = str(tmp_path / "gate")
+    os.mkfifo(path)
+    return path
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from pathlib import Path
 import pytest
 
 import minray
-from minray import as_ray, command, schema
+from minray import as_ray, command, node_tables, schema
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -218,6 +218,15 @@ def with_schema(text):
 def test_the_schema_page_is_what_the_schema_says():
     page = ROOT / "docs" / "schema.md"
     assert page.read_text("utf-8") == with_schema(page.read_text("utf-8")), "run python tests/test_docs.py"
+
+
+def test_the_reading_order_leads_past_every_module():
+    order = (ROOT / "docs" / "architecture.md").read_text("utf-8").partition("## Reading order")[2]
+    named = set(re.findall(r"`(\w+)`", order))
+    chapters = set(re.findall(r"^(\w+)\.py ", node_tables.__doc__, re.MULTILINE))
+    modules = {file.stem for file in (ROOT / "minray").glob("*.py")} - {"__init__"}
+    assert not modules - named - chapters
+    assert all((ROOT / "minray" / name / "__init__.py").exists() for name in named - modules)
 
 
 if __name__ == "__main__":

@@ -17,39 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from test_local_fidelity import Counter, add, depth, wide
 
 import minray
 from minray import api
 from minray.stage import Deadlock
 from minray.worker import Worker
-
-
-@minray.remote
-def add(a, b=1):
-    return a + b
-
-
-@minray.remote(num_cpus=2)
-def wide():
-    return "wide"
-
-
-@minray.remote
-def depth(n):
-    return 0 if n == 0 else 1 + minray.get(depth.remote(n - 1))
-
-
-@minray.remote
-class Counter:
-    def __init__(self):
-        self.n = 0
-
-    def add(self, k=1):
-        self.n += k
-        return self.n
-
-    def get(self):
-        return self.n
 
 
 class Asynchronous:

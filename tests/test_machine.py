@@ -31,7 +31,6 @@ def test_without_control_groups_affinity_and_meminfo_decide(tmp_path: Path) -> N
     root = build(tmp_path)
     assert machine.cpu_count(root) == 8
     assert machine.total_memory_bytes(root) == 16 * GIB
-    assert machine.available_memory_bytes(root) == 8 * GIB
 
 
 def test_without_affinity_the_number_of_cpus_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,14 +65,11 @@ def test_the_smallest_limit_on_the_way_up_holds(tmp_path: Path) -> None:
         **{
             "sys__fs__cgroup__outer__inner__memory.max": "max\n",
             "sys__fs__cgroup__outer__memory.max": f"{4 * GIB}\n",
-            "sys__fs__cgroup__outer__memory.current": f"{3 * GIB}\n",
-            "sys__fs__cgroup__outer__memory.stat": f"anon 5\ninactive_file {GIB}\n",
             "sys__fs__cgroup__outer__cpu.max": "200000 100000\n",
         },
     )
     assert machine.cpu_count(root) == 2
     assert machine.total_memory_bytes(root) == 4 * GIB
-    assert machine.available_memory_bytes(root) == 2 * GIB
 
 
 def test_a_container_that_sees_the_hosts_path_finds_its_own_limit_at_the_mount(tmp_path: Path) -> None:
@@ -82,11 +78,9 @@ def test_a_container_that_sees_the_hosts_path_finds_its_own_limit_at_the_mount(t
         proc__self__cgroup="4:memory:/docker/not-visible-here\n0::/\n",
         **{
             "sys__fs__cgroup__memory__memory.limit_in_bytes": f"{2 * GIB}\n",
-            "sys__fs__cgroup__memory__memory.usage_in_bytes": f"{GIB}\n",
         },
     )
     assert machine.total_memory_bytes(root) == 2 * GIB
-    assert machine.available_memory_bytes(root) == GIB
 
 
 def test_version_ones_huge_number_means_no_limit(tmp_path: Path) -> None:
@@ -100,4 +94,4 @@ def test_version_ones_huge_number_means_no_limit(tmp_path: Path) -> None:
 
 def test_this_machine_has_some_of_each() -> None:
     assert machine.cpu_count() >= 1
-    assert 0 < machine.available_memory_bytes() <= machine.total_memory_bytes()
+    assert machine.total_memory_bytes() > 0

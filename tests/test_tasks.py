@@ -793,5 +793,3 @@ def test_a_task_leaves_no_garbage_for_the_cycle_collector(module_session):
         assert gc.collect() < 20
     finally:
         gc.enable()
-
-

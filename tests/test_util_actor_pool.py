@@ -2,6 +2,7 @@ import itertools
 import threading
 
 import pytest
+from test_util_executor import open_gate
 
 import minray
 from minray.util import ActorPool, as_completed, map_unordered
@@ -21,20 +22,6 @@ class Worker:
         """Until somebody opens the other end."""
         open(path).close()
         return x
-
-
-@pytest.fixture
-def gate(tmp_path):
-    """A path; calls of wait_for() on it last until `open_gate(path)`."""
-    import os
-
-    path = str(tmp_path / "gate")
-    os.mkfifo(path)
-    return path
-
-
-def open_gate(path):
-    open(path, "w").close()
 
 
 def doubled(actor, x):

@@ -28,13 +28,6 @@ def wait_at(path, value=None):
     return value
 
 
-@pytest.fixture
-def gate(tmp_path):
-    path = str(tmp_path / "gate")
-    os.mkfifo(path)
-    return path
-
-
 def open_gate(path):
     open(path, "w").close()
 

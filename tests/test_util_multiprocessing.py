@@ -9,6 +9,7 @@ import signal
 import threading
 
 import pytest
+from test_util_executor import open_gate, square, wait_at
 
 import minray
 from minray.util.multiprocessing import JoinableQueue, Pool, TimeoutError, cpu_count
@@ -16,29 +17,8 @@ from minray.util.multiprocessing import JoinableQueue, Pool, TimeoutError, cpu_c
 pytestmark = pytest.mark.usefixtures("module_session")
 
 
-def square(x):
-    return x * x
-
-
 def fail(x):
     raise ValueError(f"no {x}")
-
-
-def wait_at(path, value=None):
-    """Until somebody opens the other end."""
-    open(path).close()
-    return value
-
-
-@pytest.fixture
-def gate(tmp_path):
-    path = str(tmp_path / "gate")
-    os.mkfifo(path)
-    return path
-
-
-def open_gate(path):
-    open(path, "w").close()
 
 
 @pytest.fixture(scope="module")
