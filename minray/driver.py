@@ -199,7 +199,10 @@ class Driver(CoreWorker):
 
     def _print_output(self, number: int, pid: int, stream: str, data: bytes, label: str) -> None:
         label = label or (f"worker {number}" if number > 0 else "gcs")
-        self._pending_lines += self._printer.feed(label, pid, stream, data, monotonic())
+        if data:
+            self._pending_lines += self._printer.feed(label, pid, stream, data, monotonic())
+        else:
+            self._pending_lines += self._printer.close(pid, monotonic())
         self._printing = True
 
     def _poll(self, timeout: float | None, caretaking: bool) -> None:

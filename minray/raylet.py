@@ -93,7 +93,7 @@ class Raylet:
         self._root_task_id = root_task_id
         self._answered = answered  # (request_id, answer) -> waiter to set, or None
         self._answers: deque[tuple[Waiter, Any]] = deque()  # waiters to set when the lock is free
-        self._on_output = on_output  # (worker, pid, stream, data, label)
+        self._on_output = on_output  # (worker, pid, stream, data, label); no data: it has ended
         self._running_task = running_task  # which task a worker executes, from shared memory
         self._hold_next = hold_next  # mark there that a worker shall not start another, or (False) that it is new
         self._zygote = zygote

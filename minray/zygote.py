@@ -435,6 +435,7 @@ class Zygote:
             with suppress(ProcessLookupError, PermissionError):
                 if child.number != GCS:
                     os.killpg(pid, signal.SIGKILL)
+            self._tell(("output", child.number, child.pid, "", b"", ""))  # Its end.
             self._tell(("died", child.number, describe_exit(status)))
 
     def _end_session(self) -> None:

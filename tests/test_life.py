@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import pty
+import re
 import select
 import signal
 import sqlite3
@@ -24,7 +25,7 @@ import conftest
 import pytest
 
 import minray
-from minray import api, interrupts
+from minray import api, exceptions, interrupts
 from minray.schema import JOB_STATES
 from minray.session import find, read_facts
 
@@ -860,6 +861,20 @@ def test_output_has_the_name_of_its_task_however_late_it_is_shown(capfd):
     assert len(lines) == 60
     assert all(line.startswith(("(speak pid=", "(shout pid=")) for line in lines)
     assert not [line for line in lines if ("(speak" in line) != ("speaks" in line)]
+
+
+def test_an_unfinished_line_is_shown_when_its_worker_has_ended(capfd):
+    @minray.remote(max_retries=0)
+    def ends():
+        print("half a line", end="", flush=True)
+        os._exit(3)
+
+    with minray.init(num_cpus=1):
+        with pytest.raises(exceptions.WorkerCrashedError):
+            minray.get(ends.remote())
+        # What it said comes before the news of its death, and both in one round of the node's loop.
+        minray.get(minray.remote(lambda: None).remote())
+        assert re.search(r"^\(ends pid=\d+\) half a line$", capfd.readouterr().out, re.MULTILINE)
 
 
 def test_output_is_not_shown_again_by_the_next_session(capfd):
