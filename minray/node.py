@@ -280,7 +280,7 @@ class Node(NodeWorkers):
             created = self.actors.actors.get(task.spec.task_id) if task.spec.actor is not None else None
             if created is None or created.task is not task:
                 if live:
-                    for object_id in (*task.spec.deps, *task.spec.nested):  # Counter.update() takes its time, also for few.
+                    for object_id in (*task.spec.deps, *task.spec.nested):
                         refs[object_id] += 1
                 in_queue = 0 if task.state == PENDING_ARGS_AVAIL and task.spec.actor_id is None else int(live)
                 stands_in = places[task.no]

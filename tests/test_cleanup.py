@@ -172,7 +172,7 @@ def test_a_zygote_that_dies_costs_a_task_one_attempt_however_many_workers_it_had
     path = tmp_path / "attempts"
     with minray.init(num_cpus=4), testing.faults() as faults:
         ref = second_time.remote(path)
-        wait_until(path.exists, 20, lambda: "it has not started")
+        wait_until(lambda: path.exists() and path.read_text(), 20, lambda: "it has not started")
         wait_until(lambda: all(w.pid for w in minray.api._core.node.scheduler.workers.values()), 20, lambda: "no workers")
         faults.kill("zygote", at_message=None)
         assert minray.get(ref) == "done"

@@ -12,7 +12,7 @@ import pytest
 from test_util_executor import open_gate, square, wait_at
 
 import minray
-from minray.util.multiprocessing import JoinableQueue, Pool, TimeoutError, cpu_count
+from minray.util.multiprocessing import CHUNKS_PER_PROCESS, JoinableQueue, Pool, TimeoutError, cpu_count
 
 pytestmark = pytest.mark.usefixtures("module_session")
 
@@ -113,12 +113,22 @@ def test_imap_raises_at_the_turn_of_what_raised_and_goes_on(pool):
 
 
 def test_imap_takes_endless_iterables_and_reads_only_some_way_ahead(gate):
-    read = []
+    read, bound, has_read_ahead = [], CHUNKS_PER_PROCESS + 1, threading.Event()
+
+    def numbers():
+        for number in itertools.count():
+            read.append(number)
+            if len(read) == bound:
+                has_read_ahead.set()
+            yield number
+
     with Pool(1) as pool:
-        found = pool.imap(lambda x: wait_at(gate), (read.append(x) or x for x in itertools.count()))
+        found = pool.imap(lambda x: wait_at(gate, x), numbers())
+        assert has_read_ahead.wait(20)
+        minray.get(minray.remote(square).options(num_cpus=0).remote(1))  # If it read on, it would do so meanwhile.
+        assert len(read) == bound  # So many have not ended, and one waits for room.
         open_gate(gate)
-        next(found)
-        assert len(read) < 10
+        assert next(found) == 0
 
 
 def test_an_iterable_that_raises_does_so_after_the_results_before_it(pool):
