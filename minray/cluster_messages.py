@@ -167,8 +167,8 @@ class FetchFailed(NamedTuple):
 
 FromNode = Union[
     TasksGiven, AttemptRaised, ObjectsReported, HandlesNamed, CopiesChanged, ActorLost, ActorSaved, ActorReleased,
-    LoadReported, Answered, Expelled, TasksFinished, FunctionExported, TemplateDefined, ReferencesChanged, ObjectsAwaited, ObjectLost,
-    Unpinned, CancelRequested, ActorKillRequested, ActorLookedUp, CallsCounted, NodeQueried,
+    LoadReported, Answered, Expelled, TasksFinished, FunctionExported, TemplateDefined, ReferencesChanged,
+    ObjectsAwaited, ObjectLost, Unpinned, CancelRequested, ActorKillRequested, ActorLookedUp, CallsCounted, NodeQueried,
 ]  # fmt: skip
 """What a node may say to another; all else comes from the shell or from workers."""
 

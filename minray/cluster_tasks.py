@@ -482,6 +482,7 @@ class GivenTasks(SharedObjects):
         for task_id, status, payload, started_s, finished_s in event.results:
             task = neighbour.in_flight.pop(task_id, None)
             if task is None:
+                self._late_result(task_id, event.client, "did not have this task any more")
                 self._refuse_values(event.client, task_id, status, payload)
                 continue
             seat = task.worker

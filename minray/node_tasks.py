@@ -290,6 +290,7 @@ class NodeTasks(NodeObjects):
         for task_id, status, payload, started_s, finished_s in results:
             task = in_flight.pop(task_id, None)
             if task is None:
+                self._late_result(task_id, event.client, "did not have this task any more")
                 continue
             task.started_s, task.finished_s = started_s, finished_s
             template = task.template

@@ -916,6 +916,7 @@ class Machine:
         self.rows: dict[tuple[str, int], int] = {}  # what the GCS has last been told: (table, number) -> state
         self.rows_every = self.rng.choice((1, 5, 40, 1000))  # events
         self.gcs_is_stalled = False
+        self.late_results = 0  # that came from whoever the node does not listen to
         self.unrecorded: set[int] = set()  # numbers of tasks of which the GCS is not told by this node; never iterated
         self.told_of_starvation = False
         self.processes: dict[int, Worker] = {}
@@ -961,6 +962,8 @@ class Machine:
             if type(event) is TasksFinished and process.client in self.node.scheduler.workers:
                 self.check_states(process, event.results)
                 self.note_finished(process, event.results)
+            elif type(event) is TasksFinished:
+                self.late_results += len(event.results)
             if process.client in self.graves:
                 assert self.node.handle(event, self.clock()) == [], f"the dead are heard: {event}"
                 self.check()
@@ -1380,6 +1383,7 @@ class Simulation(Machine):
                 self.handle(ActorKillRequested(DRIVER, actor.actor_id, True))
         self.until_all_is_quiet()
         self.check_end()
+        assert self.node.late_results == self.late_results, "a result of a task that its worker did not have"
 
     def until_all_is_quiet(self) -> None:
         for _ in range(50_000):

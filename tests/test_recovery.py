@@ -477,7 +477,9 @@ def test_a_late_result_of_a_worker_that_was_given_up_is_discarded_and_counted(wo
     world.handle(WorkerStarted(2, 1002))
     assert world.handle(TasksFinished(1, [(task_id(1), OK, b"late", 99.0, 100.0)])) == []
     assert world.node.objects[task_id(1)].data is None
-    assert len(world.events("late_result")) == 1
+    assert world.events("late_result") == ["worker 1 had been given up; its result was discarded (1 so far)"]
+    again = [(task_id(1), OK, b"late", 99.0, 100.0), (task_id(2), ERROR, (b"error", "late"), 99.0, 100.0)]
+    assert world.handle(TasksFinished(1, again)) == [] and world.node.late_results == 3
     world.handle(TasksFinished(2, [(task_id(1), OK, b"value", 99.0, 100.0)]))
     assert world.node.objects[task_id(1)].data == b"value"
 
