@@ -52,6 +52,8 @@ class Recovery:
         self.num_checkpoints = 0  # the number of that one; they count over all instances
         self.covered = 0  # so many calls, over all instances, were in the log and are in a checkpoint
         self.log: list[Task] = []  # calls executed since, in the order of execution; their arguments are held
+        self.raised: dict[int, int] = {}  # by number (`covered`, and its place in the log): of a logged execution that
+        # others which raised came before, how many: a replay submits the same children
         self.applied = 0  # so many of the log's first this instance has executed
         self.sent = 0  # so many were handed to it
         self.replaying: dict[bytes, Task] = {}  # those in its hands: copies, whose results are dropped

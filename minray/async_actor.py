@@ -292,9 +292,9 @@ class AsyncCalls(ConcurrentCalls):
 
     def _begin(self, call: Call, group: _Group) -> None:
         worker = self._worker
-        task_id, template_no, args, values, _ = call
+        task_id, template_no, args, values, mark = call
         options = worker._templates_known[template_no]
-        _context.set(TaskContext(task_id, options))
+        _context.set(TaskContext(task_id, options, mark=mark))
         started_s = EPOCH + monotonic()
         group.running += 1
         self._num_running += 1

@@ -38,11 +38,25 @@ class TasksGiven(NamedTuple):
 
     `extra`: of a call: (whose calls it stays in order with, whether it is a replay, whose result is dropped); of an
     actor's creation: (whether it has lived before, the number and the ID of the checkpoint that it starts from).
-    `values`: of arguments that the receiver may not know yet, so that it need not ask."""
+    `values`: of arguments that the receiver may not know yet, so that it need not ask.
+    `raised`: of tasks that have raised, and are retried: how often they have."""
 
     client: int
     tasks: list[tuple[TaskSpec, int, Any, int]]
     values: list[Report]
+    raised: dict[bytes, int]
+
+
+class AttemptRaised(NamedTuple):
+    """A task that the receiver gave is retried where it is, for it has raised (`raised` times by now).
+
+    Should the sender die, the receiver is the one that runs it again: with the children of its last attempt, and with
+    the retries that it has left."""
+
+    client: int
+    task_id: bytes
+    raised: int
+    retries_left: int
 
 
 class ObjectsReported(NamedTuple):
@@ -151,8 +165,8 @@ class FetchFailed(NamedTuple):
 
 
 FromNode = Union[
-    TasksGiven, ObjectsReported, HandlesNamed, CopiesChanged, ActorLost, ActorSaved, ActorReleased, LoadReported,
-    Answered, Expelled, TasksFinished, FunctionExported, TemplateDefined, ReferencesChanged, ObjectsAwaited, ObjectLost,
-    Unpinned, CancelRequested, ActorKillRequested, ActorLookedUp, CallsCounted, NodeQueried,
+    TasksGiven, AttemptRaised, ObjectsReported, HandlesNamed, CopiesChanged, ActorLost, ActorSaved, ActorReleased,
+    LoadReported, Answered, Expelled, TasksFinished, FunctionExported, TemplateDefined, ReferencesChanged,
+    ObjectsAwaited, ObjectLost, Unpinned, CancelRequested, ActorKillRequested, ActorLookedUp, CallsCounted, NodeQueried,
 ]  # fmt: skip
 """What a node may say to another; all else comes from the shell or from workers."""

@@ -3,8 +3,9 @@
 Giving is the same in both directions: up, when this node lacks the resources or its queue is too long (*bottom-up*:
 what can stay stays), and down, when the head hands out what waits.  The giver keeps its record, in flight at the
 neighbour as if that were a worker; the receiver has a record of its own, which owes the giver the result (`_owe`),
-and may give it to a neighbour in turn.  So a retry is decided where the attempt failed: a worker's death by the node
-that ran it, a node's death by whoever gave it the task.
+and may give it to a neighbour in turn.  So a retry is decided where the attempt failed: a worker's death, or an
+exception, by the node that ran it, a node's death by whoever gave it the task (and was told of exceptions: the number
+of a task's children depends on them, see ids.py).
 
 The head gives a node only so much that it stays busy until more can come (`Policy.node_depth`); the rest waits here,
 where a death costs it nothing and where any node that has room can have it.  Tasks with arguments that lie elsewhere
@@ -20,7 +21,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from minray import ids
-from minray.cluster_messages import TasksGiven
+from minray.cluster_messages import AttemptRaised, TasksGiven
 from minray.cluster_objects import OF_RESULT, Away, Neighbour, SharedObjects
 from minray.lineage import ObjectEntry, Request, Task, Template
 from minray.messages import (
@@ -186,6 +187,7 @@ class GivenTasks(SharedObjects):
         """From now on they are in flight there; what they still wait for will not start them here."""
         batch = []
         values: dict[bytes, None] = {}
+        raised: dict[bytes, int] = {}
         for task in tasks:
             template, spec = task.template, task.spec
             if template.no not in neighbour.known:
@@ -202,6 +204,8 @@ class GivenTasks(SharedObjects):
                 self._staying.pop(spec.task_id, None)
             if spec.actor_id is not None:
                 extra = self._order_of_call(task)
+            if task.raised:
+                raised[spec.task_id] = task.raised
             batch.append((spec, template.no, extra, task.retries_left))
         reports = [
             self._report(entry) for entry in map(self.objects.__getitem__, values)
@@ -211,8 +215,9 @@ class GivenTasks(SharedObjects):
         if type(last) is TasksGiven:
             last.tasks.extend(batch)
             last.values.extend(reports)
+            last.raised.update(raised)
         else:
-            self._tell(neighbour.client, TasksGiven(self.me, batch, reports))
+            self._tell(neighbour.client, TasksGiven(self.me, batch, reports, raised))
 
     def _introduce_to(self, neighbour: Neighbour, template: Template) -> None:
         options = template.options
@@ -270,18 +275,25 @@ class GivenTasks(SharedObjects):
         for report in event.values:
             self._take_report(client, report)
         for spec, template_no, extra, retries_left in event.tasks:
-            template = neighbour.templates[template_no]
-            self._take_task(neighbour, spec, template, extra, retries_left, now)
+            template, raised = neighbour.templates[template_no], event.raised.get(spec.task_id, 0)
+            self._take_task(neighbour, spec, template, extra, retries_left, raised, now)
         for object_id in named:
             self.lineage.release(object_id)
 
     def _take_task(
-        self, neighbour: Neighbour, spec: TaskSpec, template: Template, extra: Any, retries_left: int, now: float
+        self,
+        neighbour: Neighbour,
+        spec: TaskSpec,
+        template: Template,
+        extra: Any,
+        retries_left: int,
+        raised: int,
+        now: float,
     ) -> None:
         options = template.options
         returns = [ids.return_id(spec.task_id, index) for index in range(options.num_returns)]
         if self.up and (spec.actor is not None or (spec.actor_id is not None and extra[1])):
-            detached = self._new_task(neighbour, spec, template, retries_left, now)
+            detached = self._new_task(neighbour, spec, template, retries_left, raised, now)
             self.lineage.hold_arguments(detached)
             if spec.actor is not None:
                 self._take_guest(detached, extra)
@@ -291,7 +303,7 @@ class GivenTasks(SharedObjects):
         neighbour.owed += 1
         task = self.lineage.tasks.get(spec.task_id)
         if task is not None and task.worker is neighbour and spec.task_id in neighbour.in_flight:
-            self._take_back(neighbour, task, returns, extra, retries_left)
+            self._take_back(neighbour, task, returns, extra, retries_left, raised)
             return
         if task is not None or (returns and self._is_known(returns[0], neighbour.client)):
             # The second attempt of its parent, on another node: it runs once.
@@ -305,7 +317,7 @@ class GivenTasks(SharedObjects):
                 request = Request(neighbour.client, OF_RESULT, [spec.task_id], 0, False, False)
                 self._reports.append((request, task, None))
             return
-        task = self._new_task(neighbour, spec, template, retries_left, now)
+        task = self._new_task(neighbour, spec, template, retries_left, raised, now)
         known = [entry for entry in map(self.objects.pop, returns, [None] * len(returns)) if entry is not None]
         self.lineage.add_task(task)
         self._take_over(known)
@@ -322,12 +334,13 @@ class GivenTasks(SharedObjects):
             self._task_ready(task)
 
     def _new_task(
-        self, neighbour: Neighbour, spec: TaskSpec, template: Template, retries_left: int, now: float
+        self, neighbour: Neighbour, spec: TaskSpec, template: Template, retries_left: int, raised: int, now: float
     ) -> Task:
         self._tasks_made += 1
         task = Task(spec, template, self._tasks_made, 0, neighbour.client, now)
         task.dirty = True  # For good: whoever gave it records it.
         task.retries_left = retries_left
+        task.raised = raised
         return task
 
     def _take_guest(self, task: Task, extra: Any) -> None:
@@ -343,12 +356,13 @@ class GivenTasks(SharedObjects):
         raise NotImplementedError
 
     def _take_back(
-        self, neighbour: Neighbour, task: Task, returns: list[bytes], extra: Any, retries_left: int
+        self, neighbour: Neighbour, task: Task, returns: list[bytes], extra: Any, retries_left: int, raised: int
     ) -> None:
         """We gave it to this neighbour, which gives it to us: it runs here, and both want its result."""
         del neighbour.in_flight[task.spec.task_id]
         task.client = neighbour.client
         task.retries_left = retries_left
+        task.raised = raised
         task.attempt -= 1
         for object_id in returns:
             self.lineage.hold(object_id)
@@ -468,6 +482,7 @@ class GivenTasks(SharedObjects):
         for task_id, status, payload, started_s, finished_s in event.results:
             task = neighbour.in_flight.pop(task_id, None)
             if task is None:
+                self._late_result(task_id, event.client, "did not have this task any more")
                 self._refuse_values(event.client, task_id, status, payload)
                 continue
             seat = task.worker
@@ -494,11 +509,25 @@ class GivenTasks(SharedObjects):
                 if task.spec.actor is not None and not task.live_returns and not self._is_home_of(task):
                     self.lineage.tasks.pop(task_id, None)  # Its handles went before it was there.
             elif status == RETRYABLE_ERROR and task.retries_left and not task.cancelled:
-                task.retries_left -= task.retries_left > 0
-                self._retried(task, f"raised {payload[1]}")
-                self._run_again(task)
+                self._raised(task, payload[1])
             else:
                 self._end(task, FAILED, payload[0], payload[1])
+
+    def _raised(self, task: Task, text: str) -> None:
+        super()._raised(task, text)
+        self._tell_giver(task)
+
+    def _tell_giver(self, task: Task) -> None:
+        if task.client in self.neighbours:
+            self._tell(task.client, AttemptRaised(self.me, task.spec.task_id, task.raised, task.retries_left))
+
+    def handle_attempt_raised(self, event: AttemptRaised, now: float) -> None:
+        task = self.neighbours[event.client].in_flight.get(event.task_id)
+        if task is not None:
+            task.raised, task.retries_left = event.raised, event.retries_left
+            if task.children is not None:
+                self.lineage.forget_children(task)
+            self._tell_giver(task)
 
     def _learn_duration(self, template: Template, took_s: float) -> None:
         mean_s = template.mean_s

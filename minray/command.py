@@ -219,8 +219,10 @@ def _status(options: argparse.Namespace) -> int:
         (size_bytes,) = database.execute(
             "SELECT coalesce(sum(size_bytes), 0) FROM objects WHERE freed_us IS NULL"
         ).fetchone()
+        (late,) = database.execute("SELECT count(*) FROM events WHERE kind = 'late_result'").fetchone()
     status = {"session": os.path.dirname(path), "job": dict(zip(columns, job)) if job else None, **counts}
     status["object_bytes"] = size_bytes
+    status["late_results"] = late
     if options.json:
         return _print_json(status)
     print(f"session  {status['session']}")
@@ -237,6 +239,8 @@ def _status(options: argparse.Namespace) -> int:
             text += f" ({size_bytes / 1e6:.1f} MB)"
         left = by_state if what == "objects" else by_state.keys() - _OVER
         print(f"{what:8} {text}{', when it ended' if left and about and about['end_time'] else ''}")
+    if late:
+        print(f"late     {late:,} discarded, of workers that had been given up: minray events -f kind=late_result")
     return 0
 
 

@@ -52,12 +52,13 @@ _first = threading.Lock()  # Two threads of a task that begin to count at once m
 class TaskContext:
     """The task that a thread executes: who its children are."""
 
-    __slots__ = ("task_id", "options", "numbers")
+    __slots__ = ("task_id", "options", "mark", "numbers")
 
-    def __init__(self, task_id: bytes, options: TaskOptions | None) -> None:
+    def __init__(self, task_id: bytes, options: TaskOptions | None, mark: int = 0) -> None:
         self.task_id = task_id
         self.options = options
-        self.numbers: tuple[bytes, bytes, Any, Any] = (b"", b"", None, None)  # whose, of children and puts
+        self.mark = mark  # as RunTasks has it: below 0, so many attempts have raised before this one
+        self.numbers: tuple[bytes, bytes, Any, Any, bytes] = (b"", b"", None, None, b"")  # whose, of children and puts
 
     def next_task_id(self) -> bytes:
         numbers = self.numbers
@@ -69,17 +70,22 @@ class TaskContext:
         numbers = self.numbers
         if numbers[0] is not self.task_id:
             numbers = self._new_numbers()
-        return ids.put_id(numbers[0], next(numbers[3]))
+        return ids.put_id(numbers[4], next(numbers[3]))
 
-    def _new_numbers(self) -> tuple[bytes, bytes, Any, Any]:
+    def _new_numbers(self) -> tuple[bytes, bytes, Any, Any, bytes]:
         """The first child or put of an execution.
+
+        After a crash, or to rebuild what was lost, an execution numbers as the one before did, and finds what that has
+        made.  After an exception it does not: what that has made may be why it was raised.
 
         An execution has an ID object of its own, so nobody has to reset anything when the next task begins, while a
         thread that the last one has left behind may be numbering its children."""
         with _first:
             task_id = self.task_id
             if self.numbers[0] is not task_id:
-                self.numbers = (task_id, ids.children_prefix(task_id), itertools.count(1), itertools.count(1))
+                raised = -self.mark if self.mark < 0 else 0
+                prefix, putting = ids.children_prefix(task_id, raised), ids.putting_id(task_id, raised)
+                self.numbers = (task_id, prefix, itertools.count(1), itertools.count(1), putting)
             return self.numbers
 
 

@@ -2,7 +2,8 @@
 
 An ID is 16 bytes: ``prefix`` (8) + ``counter`` (4) + ``index`` (4), big endian.
 
-* ``prefix`` is a hash of the parent task's ID, so it is computed once a parent.
+* ``prefix`` is a hash of the parent task's ID, so it is computed once a parent; and of how many
+  of its attempts have raised, if any has: the next one's children are new ones.
 * ``counter`` numbers the children of that parent, from 1, in program order.
 * ``index`` is 0 for the task itself *and* for its first return value (a task and
   its first result share one name), ``i`` for return value ``i`` (a streaming generator has two,
@@ -14,7 +15,8 @@ An ID is 16 bytes: ``prefix`` (8) + ``counter`` (4) + ``index`` (4), big endian.
 The driver is a task too, the root: counter 0 under a prefix drawn at ``init`` (or
 derived from the name of a durable job).  Nothing else is random.  When a parent is
 replayed its children therefore get the same IDs as before, and those which have
-finished need not run again.
+finished need not run again.  What an attempt after one that raised puts has that
+prefix, too, and counter 0, which no child has.
 
 Two parents share a prefix with probability n**2 / 2**65 among n parents: 3e-8 for a
 million of them.  Wider prefixes were left out: the ID is on every hot path.
@@ -42,13 +44,19 @@ def root_task_id(seed: bytes) -> bytes:
     return pack_id(hashlib.blake2b(seed, digest_size=8).digest(), 0, 0)
 
 
-def children_prefix(task_id: bytes) -> bytes:
-    """The prefix that all children of ``task_id`` share."""
-    return hashlib.blake2b(task_id[:12], digest_size=8).digest()
+def children_prefix(task_id: bytes, raised: int = 0) -> bytes:
+    """The prefix that all children of ``task_id`` share, when so many of its attempts have raised before."""
+    name = task_id[:12] + raised.to_bytes(8, "big") if raised else task_id[:12]
+    return hashlib.blake2b(name, digest_size=8).digest()
+
+
+def putting_id(task_id: bytes, raised: int = 0) -> bytes:
+    """What the `put_id`s of ``task_id`` are made from, when so many of its attempts have raised before."""
+    return pack_id(children_prefix(task_id, raised), 0, 0) if raised else task_id
 
 
 def task_of(object_id: bytes) -> bytes:
-    """The ID of the task that returned or put this object."""
+    """The ID of the task that returned this object, or put it (in an attempt that none which raised came before)."""
     return object_id[:12] + b"\0\0\0\0"
 
 

@@ -77,7 +77,7 @@ class Task:
     __slots__ = (
         "spec", "template", "no", "parent_no", "client", "state", "attempt", "retries_left", "missing", "worker",
         "live_returns", "last_child", "caller", "cancelled", "error", "result_bytes", "submitted_s", "started_s",
-        "finished_s", "dirty", "origins", "children", "stream",
+        "finished_s", "dirty", "origins", "children", "stream", "raised",
     )  # fmt: skip
 
     caller: int | bytes  # of an actor's call: whose calls it stays in order with (see actor_table)
@@ -92,10 +92,11 @@ class Task:
         self.state = PENDING_ARGS_AVAIL
         self.attempt = 0  # how often it was handed to a worker for good
         self.retries_left = template.options.max_retries
+        self.raised = 0  # attempts that raised and were retried: each has children of its own (see ids.py)
         self.missing = 0  # dependencies that are not ready
         self.worker: WorkerRecord | None = None  # that it was last handed to, also once it has ended
         self.live_returns = 0  # entries of its returns that are not freed
-        self.last_child = 0  # how many tasks it has submitted: with its ID that tells theirs
+        self.last_child = 0  # how many tasks an attempt has submitted: with its ID that tells theirs
         self.cancelled = False
         self.error: str | None = None  # one line, once FAILED; while it runs: why it will fail whatever it returns
         self.origins: tuple[bytes, ...] | None = None  # once finished: what is kept for its replay, if anything is
@@ -394,6 +395,8 @@ class Lineage:
 
     def keep_item(self, parent: Task, entry: ObjectEntry) -> None:
         """Likewise, of a generator that the parent has submitted."""
+        if parent.raised and entry.object_id[:8] != ids.children_prefix(parent.spec.task_id, parent.raised):
+            return  # An earlier attempt did, and this one will not look for it.
         if parent.children is not None:
             entry.replays += 1
             parent.children.append(entry.object_id)
@@ -407,7 +410,7 @@ class Lineage:
                 self._unkeep(object_id)
 
     def forget_children(self, parent: Task) -> None:
-        """The parent has ended, and will not submit them again."""
+        """The parent has ended, or its attempt has by raising: it will not submit them again."""
         kept, parent.children = parent.children, None
         for object_id in kept or ():
             self._unkeep(object_id)

@@ -377,13 +377,14 @@ class DefineTemplate(NamedTuple):
 
 
 class RunTasks(NamedTuple):
-    """Each task: (task_id, template_no, args, values of deps or None, may_hold_result).
+    """Each task: (task_id, template_no, args, values of deps or None, mark).
 
-    `may_hold_result`: tasks of this kind have been so short, and may run again, that their result
-    and that of the one before may wait for each other."""
+    `mark`: True: tasks of this kind have been so short, and may run again, that their result and that of the
+    one before may wait for each other.  A number below 0: so many attempts have raised before this one, so its
+    children are others than theirs (one field for both: rare news, which must cost the other tasks nothing)."""
 
     client: int
-    tasks: list[tuple[bytes, int, bytes | None, list[Any] | None, bool]]
+    tasks: list[tuple[bytes, int, bytes | None, list[Any] | None, int]]
 
 
 class AssignResources(NamedTuple):

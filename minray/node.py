@@ -102,6 +102,7 @@ class Node(NodeWorkers):
         self._rows = {}
         self._stall = None
         self._refused = 0
+        self.late_results = 0
         self._handlers: dict[type, Callable[[Any, float], None]] = {
             event: getattr(self, "handle_" + re.sub("(?<=.)([A-Z])", r"_\1", event.__name__).lower())
             for event in get_args(Event)
@@ -129,8 +130,7 @@ class Node(NodeWorkers):
         """Nothing counts that comes from the dead, or from whoever was told to end: others have its tasks by now."""
         if type(event) is TasksFinished:
             for task_id, *_ in event.results:
-                text = f"worker {event.client} had been given up; its result was discarded"
-                self._event("late_result", task_id, text, now)
+                self._late_result(task_id, event.client, "had been given up")
 
     @property
     def wake_at(self) -> float | None:

@@ -7,9 +7,9 @@ leaves as rows of the table "results".
 
 **When is it the same task?**  Each task has
 
-* a *place*, which tells where in the program it stands: its parent's place, its name and arguments, the places of
-  what its arguments refer to, and its number among siblings that agree in all that.  So two calls of a random function
-  stay two, and a line inserted elsewhere moves nothing;
+* a *place*, which tells where in the program it stands: its parent's place (and how many of that one's attempts had
+  raised before), its name and arguments, the places of what its arguments refer to, and its number among siblings
+  that agree in all that.  So two calls of a random function stay two, and a line inserted elsewhere moves nothing;
 * a *version*: the digest of its code, and the *origins* of what its arguments refer to.  The origin of an object is
   its ID in the run that made it.  So code that has changed runs anew, and so does whatever depends on what was made
   anew, for it may be another value.
@@ -149,15 +149,18 @@ class DurableNode(Node):
         return Standing(task.place + index, task.version, task.origin[:12] + index, task.lasting, task.parent)
 
     def _judge(
-        self, spec: TaskSpec, parent_id: bytes, siblings: Counter[bytes], options: TaskOptions
+        self, spec: TaskSpec, parent_id: bytes, raised: int, siblings: Counter[bytes], options: TaskOptions
     ) -> Standing:
         parent = self._standings.get(parent_id)
+        place = parent.place if parent else ROOT
+        if raised:  # Other tasks than those of the attempts that raised: both may be there, and stand for themselves.
+            place = _hash(b"raised", place, b"%d" % raised)
         deps = spec.deps if spec.args != b"" else spec.deps[:-1]  # The last one is the arguments, as an object.
         made_of = [self._standing_of(object_id) for object_id in (*deps, *spec.nested)]
         if spec.actor_id is not None:
             made_of.append(self._standing_of(spec.actor_id))
         what, code = spec.digest[:16], spec.digest[16:]
-        alike = _hash(parent.place if parent else ROOT, what, *(one.place for one in made_of))
+        alike = _hash(place, what, *(one.place for one in made_of))
         siblings[alike] += 1
         place = _hash(alike, b"%d" % siblings[alike])
         version = _hash(code, *(one.origin for one in made_of))
@@ -173,6 +176,14 @@ class DurableNode(Node):
         if found is None or found[0] != execution:
             found = self._siblings[parent_id] = (execution, Counter())
         return found[1]
+
+    def _raised_before(self, parent_id: bytes, client: int) -> int:
+        """How many attempts of the parent had raised before the one that submits now."""
+        worker = self.scheduler.workers.get(client)
+        # Of an actor's call that is replayed: not as often as the call itself, perhaps.
+        executed = worker.in_flight.get(parent_id) if worker is not None else None
+        parent = executed or self.lineage.tasks.get(parent_id)
+        return parent.raised if parent is not None else 0
 
     def _sweep(self) -> None:
         if len(self._standings) > self._swept:
@@ -205,10 +216,11 @@ class DurableNode(Node):
     def handle_tasks_submitted(self, event: TasksSubmitted, now: float) -> None:
         parent_id, tasks = event.parent_task_id, self.lineage.tasks
         siblings = self._siblings_of(parent_id, event.client)
+        raised = self._raised_before(parent_id, event.client)
         templates = self._client(event.client).templates
         judged: list[tuple[bytes, Task | None, Standing]] = []
         for spec in event.specs:
-            standing = self._judge(spec, parent_id, siblings, templates[spec.template_no].options)
+            standing = self._judge(spec, parent_id, raised, siblings, templates[spec.template_no].options)
             if event.client != DRIVER and parent_id not in self._standings:
                 standing.lasting = False  # Nobody knows any more whose child it is.
             before = tasks.get(spec.task_id)

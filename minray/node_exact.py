@@ -68,6 +68,8 @@ class NodeExact(NodeStreams):
             # A call is cancelled before it begins or not at all.
             if called is not None and called is not actor.task and status not in (CANCELLED, ACTOR_EXITED):
                 self._hold_all(called.spec.deps + called.spec.nested)
+                if called.raised:
+                    recovery.raised[recovery.covered + len(recovery.log)] = called.raised
                 recovery.log.append(called)
                 recovery.applied += 1
                 recovery.sent += 1
@@ -162,6 +164,8 @@ class NodeExact(NodeStreams):
         recovery.fruitless = 0
         recovery.warned = False
         recovery.covered += num_covered
+        if recovery.raised:
+            recovery.raised = {number: n for number, n in recovery.raised.items() if number >= recovery.covered}
         covered = recovery.log[:num_covered]
         del recovery.log[:num_covered]
         recovery.sent -= num_covered
@@ -223,7 +227,7 @@ class NodeExact(NodeStreams):
             for child_id in children:
                 self._keep_no_more_items(child_id)
         recovery.checkpoint = None
-        recovery.log, recovery.children, recovery.inherited = [], {}, []
+        recovery.log, recovery.children, recovery.inherited, recovery.raised = [], {}, [], {}
         recovery.applied = recovery.sent = 0
         self._release_all(held)
         while recovery.again:
@@ -264,7 +268,8 @@ class NodeExact(NodeStreams):
         batch: list[Task] = []
         room = MAX_IN_FLIGHT - len(worker.in_flight)
         while recovery.sent < len(recovery.log) and len(batch) < room:
-            copy = recovery.next or self._copy_of(recovery.log[recovery.sent])
+            raised = recovery.raised.get(recovery.covered + recovery.sent, 0)
+            copy = recovery.next or self._copy_of(recovery.log[recovery.sent], raised)
             if copy.spec.task_id in recovery.replaying:
                 break  # Its first attempt, which raised and was retried, is on its way: one after the other.
             recovery.next = copy
@@ -281,10 +286,11 @@ class NodeExact(NodeStreams):
     def _count_missing(self, copy: Task) -> None:
         self.lineage.count_missing(copy)
 
-    def _copy_of(self, call: Task) -> Task:
+    def _copy_of(self, call: Task, raised: int) -> Task:
         """The call itself has ended, its row is written, and its result is in use: none of that is touched again."""
         copy = Task(call.spec, call.template, 0, 0, NOBODY, self._now)
         copy.caller = call.caller
+        copy.raised = raised  # A call that was retried is in the log more than once.
         copy.retries_left = 0
         copy.error = "it is a replay: its result is dropped"
         copy.dirty = True  # So it is never entered into the list of rows to record.

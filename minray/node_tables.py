@@ -62,6 +62,7 @@ class NodeTables(ABC):
     _rows: dict[str, list[tuple[Any, ...]]]  # other rows to record, by table
     _stall: GcsStalled | None  # why nothing new is taken in
     _refused: int  # how much was not, since then
+    late_results: int  # of tasks that others had been given, or that had ended: discarded
 
     def _client(self, client: int) -> Client:
         return self.driver if client == DRIVER else self.scheduler.workers[client]
@@ -77,6 +78,12 @@ class NodeTables(ABC):
             return
         self._events_made += 1
         self._row("events", (self._events_made, int(now * 1e6), kind, subject.hex(), message))
+
+    def _late_result(self, task_id: bytes, client: int, why: str) -> None:
+        self.late_results += 1
+        who = f"worker {client}" if client > 0 else f"node {-client}"
+        text = f"{who} {why}; its result was discarded ({self.late_results:,} so far)"
+        self._event("late_result", task_id, text, self._now)
 
     def _mark(self, task: Task) -> None:
         """Its row has changed."""

@@ -245,8 +245,10 @@ class NodeTasks(NodeObjects):
             task.worker = worker
             task.attempt += 1
             in_flight[spec.task_id] = task
-            may_hold = template.may_repeat and template.mean_s is not None and template.max_s < SHORT_TASK_S
-            batch.append((spec.task_id, template.no, spec.args, values, may_hold))
+            mark: int = template.may_repeat and template.mean_s is not None and template.max_s < SHORT_TASK_S
+            if task.raised:
+                mark = -task.raised
+            batch.append((spec.task_id, template.no, spec.args, values, mark))
         if tasks[0].spec.actor is not None:
             actor = self.actors.actors[tasks[0].spec.task_id]
             actor.worker = actor.host = worker
@@ -288,6 +290,7 @@ class NodeTasks(NodeObjects):
         for task_id, status, payload, started_s, finished_s in results:
             task = in_flight.pop(task_id, None)
             if task is None:
+                self._late_result(task_id, event.client, "did not have this task any more")
                 continue
             task.started_s, task.finished_s = started_s, finished_s
             template = task.template
@@ -335,9 +338,7 @@ class NodeTasks(NodeObjects):
             self._fail(task, "ReplayDivergedError", f"{task.error}. It has run to its end; its result was dropped.")
             return
         if status == RETRYABLE_ERROR and task.retries_left and not task.cancelled:
-            task.retries_left -= task.retries_left > 0
-            self._retried(task, f"raised {payload[1]}")
-            self._run_again(task)
+            self._raised(task, payload[1])
             return
         if status == ACTOR_EXITED and worker.actor is not None:
             actor = worker.actor
@@ -361,6 +362,18 @@ class NodeTasks(NodeObjects):
             self._fail_cancelled(task)
         else:
             self._end(task, FAILED, payload[0], payload[1])
+
+    def _raised(self, task: Task, text: str) -> None:
+        """It is retried, with children of its own: those of the attempt that has come to its end may be why it raised.
+
+        (What they still do, they do.  After a crash, of which nobody knows how far the attempt had come, and to rebuild
+        what was lost, the number stays as it is, and the children are found again.)"""
+        task.retries_left -= task.retries_left > 0
+        task.raised += 1
+        if task.children is not None:
+            self.lineage.forget_children(task)
+        self._retried(task, f"raised {text}")
+        self._run_again(task)
 
     def _run_again(self, task: Task) -> None:
         """Back to the front of its queue, or first to where it waits for arguments that were lost meanwhile."""
@@ -459,11 +472,14 @@ class NodeTasks(NodeObjects):
         self._cancel(task, event.force)
 
     def _descendants(self, task: Task) -> list[Task]:
-        """What it has submitted, what that has submitted, and so on.  Their IDs follow from its own."""
+        """What it has submitted, what that has submitted, and so on.  Their IDs follow from its own; but what attempts
+        that raised have submitted is looked for in the whole table."""
         tasks = self.lineage.tasks
         found = [task]
         for parent in found:
-            if parent.last_child:
+            if parent.raised:
+                found += [child for child in tasks.values() if child.parent_no == parent.no]
+            elif parent.last_child:
                 prefix = ids.children_prefix(parent.spec.task_id)
                 children = (tasks.get(ids.pack_id(prefix, n, 0)) for n in range(1, parent.last_child + 1))
                 found += [child for child in children if child is not None]

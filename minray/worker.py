@@ -217,7 +217,7 @@ class Worker(CoreWorker):
                     self._untitle()
                 # The next may be long: send, unless it is known to be short and the last frame is young.
                 # A result that waits is lost with this process, and its task runs again: both must allow it.
-                if not (queue and queue[0][4] and task[4] and monotonic() - self._sent_s < HOLD_S):
+                if not (queue and queue[0][4] is True and task[4] is True and monotonic() - self._sent_s < HOLD_S):
                     self.flush()
                 else:
                     object_ref.rouse()  # Should the caretaker be in the poll already, it sends this in a moment.
@@ -304,9 +304,10 @@ class Worker(CoreWorker):
         self._results.append((task_id, ERROR, (to_bytes(serialize(failure)), text), now, now))
 
     def _execute(self, task: tuple[Any, ...], context: TaskContext) -> None:
-        task_id, template_no, args, values, _ = task
+        task_id, template_no, args, values, mark = task
         options = self._templates_known[template_no]
         in_main = context is self._context
+        context.mark = mark  # Before the ID, by which it is seen that another execution has begun.
         context.task_id = task_id
         context.options = options
         started_s = EPOCH + monotonic()

@@ -31,7 +31,7 @@ from minray.cluster_node import ROWS_A_NODE, SILENT_NODE_S, ClusterNode
 from minray.messages import (
     DRIVER, ActorKillRequested, Command, FetchObject, ObjectLost, ReferencesChanged, TasksFinished, TellNode, Unpinned,
 )  # fmt: skip
-from minray.task_spec import ACTOR_EXITED, CANCELLED, FAILED, FINISHED, UNIT
+from minray.task_spec import ACTOR_CREATION, ACTOR_EXITED, CANCELLED, FAILED, FINISHED, OK, UNIT
 
 
 def shared(name: str) -> Any:
@@ -93,6 +93,7 @@ class Host(Machine):
         before = self.node._tasks_made
         if type(event) is TasksFinished and event.client < 0:
             self.check_states_at_home(event)
+            self.check_raised(event)
         if type(event) is ReferencesChanged and event.client in self.node.neighbours and not self.world.losses:  # type: ignore[attr-defined]
             for object_id in event.acquired:
                 known = object_id in self.node.objects or ids.task_of(object_id) in self.node.lineage.tasks
@@ -110,8 +111,9 @@ class Host(Machine):
                 return
         super().kill_someone(actor_id)
 
-    def begins(self, process: Process, task_id: bytes) -> None:
+    def begins(self, process: Process, task_id: bytes, raised: int) -> None:
         """How often a task may be executed on several nodes depends on what each of them knew."""
+        self.world.executed[task_id] = raised
         record = self.node.scheduler.workers.get(process.client)
         assert record is None or task_id in record.in_flight, f"{ids.short(task_id)} is executed, and others have it"
 
@@ -148,10 +150,17 @@ class Host(Machine):
                 continue
             state, answered = self.world.ended[task_id], self.answered.setdefault(actor.no, [])
             if len(state) > len(answered):
-                answered.append(task_id)
-                again = task.template.options.retry_exceptions
-                assert again or answered.count(task_id) == 1, "a call was executed twice"
+                answered.append(state[-1])
+                assert answered.count(state[-1]) == 1, "a call was executed twice"
             assert list(state) == answered[: len(state)], "an actor's state is not that of the calls that were answered"
+
+    def check_raised(self, event: TasksFinished) -> None:
+        """Whoever gave a task knows how many of its attempts have raised: should it be lost, it runs it again."""
+        neighbour = self.node.neighbours.get(event.client)  # type: ignore[attr-defined]
+        for task_id, status, *_ in event.results:
+            task = neighbour.in_flight.get(task_id) if neighbour is not None else None
+            if task is not None and status == OK and not self.world.deaths and task.template.options.kind != ACTOR_CREATION:
+                assert task.raised == self.world.executed.get(task_id, 0), f"{ids.short(task_id)}: the giver has {task.raised}"
 
     def note_given(self, event: TasksGiven, before: int) -> None:
         for spec, *_ in event.tasks:
@@ -293,6 +302,7 @@ class World:
         self.task_kinds = KINDS  # Generators do not run on other nodes yet.
         self.actor_kinds = (ACTOR, ACTOR, ACTOR, HUNGRY, HUNGRY, NO_ACTOR, EXACT, OWN_WAY, OWN_WAY)
         self.ended: dict[bytes, tuple[bytes, ...]] = {}  # by call of a guest: the state after its last execution
+        self.executed: dict[bytes, int] = {}  # by task: how many attempts had raised before the last that has begun
         self.hosts: dict[int, Host] = {}
         self.links: dict[tuple[int, int], float] = {}  # when what was sent last arrives
         self.slow: dict[int, float] = {}

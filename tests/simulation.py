@@ -24,7 +24,7 @@ After an event (see seeds.py) `Node.check` looks at all of the node's tables, an
 
 A phase with faults is followed by one without; then everything must come to an end, the driver
 drops its refs, and nothing may be left.  What a task does follows from the seed and its ID alone, so its
-second attempt does the same as its first.  No set is iterated, so that a seed is a whole report.
+second attempt does the same as its first; but after an exception it does something else.  No set is iterated, so that a seed is a whole report.
 
 Left out: threads of actors; time passes only between events, so a process is never caught in the middle of one.
 """
@@ -102,18 +102,21 @@ NOT_STARTED, SAVED = -1, -2
 TIMED_OUT = object()
 INTERRUPTED = object()
 Body = Generator[tuple[Any, ...], Any, tuple[int, Any]]
+Executed = tuple[bytes, int]  # a call of an actor, and how many attempts of it had raised before this one
 
 
 class Context:
     """A task in a fake process: what its code can do, and the refs and views that its variables hold."""
 
-    def __init__(self, process: Process, task_id: bytes) -> None:
+    def __init__(self, process: Process, task_id: bytes, raised: int = 0) -> None:
         self.process = process
         self.sim = process.sim
         self.task_id = task_id
+        self.raised = raised
         digest = hashlib.blake2b(task_id, digest_size=8, key=b"%d" % self.sim.seed).digest()
-        self.rng = Random(int.from_bytes(digest, "big"))
-        self.prefix = ids.children_prefix(task_id)
+        # An attempt after one that raised does something else: its children are its own, so it need not be the same.
+        self.rng = Random(int.from_bytes(digest, "big") + raised)
+        self.prefix = ids.children_prefix(task_id, raised)
         self.children = itertools.count(1)
         self.puts = itertools.count(1)
         self.calls = 0
@@ -210,7 +213,7 @@ class Context:
         finally:  # What else was pinned for it is let go.
             self.process.unpinned += [item[3] for item in unread if type(item[0]) is not bytes]
         self.hold(pickle.loads(args))
-        self.sim.begins(self.process, self.task_id)
+        self.sim.begins(self.process, self.task_id, self.raised)
         return (yield from self.body(template))
 
     def close_view(self) -> None:
@@ -303,7 +306,7 @@ class Context:
             answer = yield ("ask", "BlocksSpilled", spilled, object_id, size)
 
     def put(self) -> Generator[tuple[Any, ...], Any, None]:
-        object_id = ids.put_id(self.task_id, next(self.puts))
+        object_id = ids.put_id(ids.putting_id(self.task_id, self.raised), next(self.puts))
         nested = (self.rng.choice(self.refs),) if self.refs and self.rng.random() < 0.4 else ()
         self.process.references.adopt(object_id)
         self.refs.append(object_id)
@@ -644,8 +647,8 @@ class Worker(Process):
         self.heard_at = self.spoken_at = 0.0
         self.actor_refs: list[bytes] = []
         self.last_call: dict[bytes, int] = {}  # by caller: the number of the last call that ran here
-        self.state: list[bytes] = []  # of an actor: the calls that it has executed, in this life and those before
-        self.ends: deque[tuple[bytes, tuple[bytes, ...]]] = deque()  # calls not yet answered, and the state after each
+        self.state: list[Executed] = []  # of an actor: the calls that it has executed, in this life and those before
+        self.ends: deque[tuple[bytes, tuple[Executed, ...]]] = deque()  # calls not yet answered, and the state after each
         self.restored: tuple[int, Any] | None = None
         self.checkpoints = self.unsaved = 0
         self.saves_after = 0  # so many calls; 0: never
@@ -811,12 +814,12 @@ class Worker(Process):
             if self.exiting or self.over:
                 self.sim.die(self, "exited")
             return
-        task_id, template_no, args, values, _ = self.queue.popleft()
+        task_id, template_no, args, values, mark = self.queue.popleft()
         template = self.sim.template_of[(self.client, template_no)]
         options = TEMPLATES[template]
         self.running = task_id
         self.started_s = self.sim.now
-        context = self.context = Context(self, task_id)
+        context = self.context = Context(self, task_id, raised=max(0, -mark))
         if options.kind == ACTOR_CREATION:
             self.actor_id = task_id
             self.saves_after = options.checkpoint_every
@@ -845,7 +848,7 @@ class Worker(Process):
             self.unheard[self.running] = self.numbers.get(self.running, 0)  # type: ignore[index, arg-type]
         called = self.running is not None and self.actor_id not in (None, self.running)
         if called and status not in (CANCELLED, ACTOR_EXITED):
-            self.state.append(self.running)  # type: ignore[arg-type]
+            self.state.append((self.running, context.raised))  # type: ignore[arg-type]
             self.ends.append((self.running, tuple(self.state)))  # type: ignore[arg-type]
             self.unsaved += 1
         self.running = None
@@ -887,7 +890,7 @@ class Machine:
     actor_kinds: tuple[int, ...]
     contents: dict[bytes, tuple[bytes, ...]]
     calls: dict[bytes, tuple[Any, int]]  # call -> (caller, its number in the order of submission)
-    states: dict[bytes, tuple[tuple[bytes, ...], tuple[bytes, ...]]]  # by checkpoint: calls, and refs
+    states: dict[bytes, tuple[tuple[Executed, ...], tuple[bytes, ...]]]  # by checkpoint: calls, and refs
     stamps: Iterator[int]
     node: Node
 
@@ -900,9 +903,10 @@ class Machine:
         self.committed: dict[bytes, tuple[Any, Any, bool]] = {}  # entry, data, is it an error
         self.seen: dict[bytes, tuple[Any, Any]] = {}  # entry, and the value that readers have seen
         self.template_of: dict[tuple[int, int], int] = {}
-        self.answered: dict[int, list[bytes]] = {}  # by number of an actor with recovery: the calls that the node has heard the end of
+        self.answered: dict[int, list[Executed]] = {}  # by number of an actor with recovery: the calls that the node has heard the end of
         self.tasks: dict[int, Any] = {}  # every Task that the node has made, by number
         self.begun: Counter[int] = Counter()  # by number: how often a process began to execute it
+        self.raised: Counter[int] = Counter()  # by number: attempts of which the node has heard that they raised
         self.unheard: Counter[int] = Counter()  # by number: executions that ended, and died with their process
         self.unknown: set[int] = set()  # those of them of which not even the order tells that they had; never iterated
         self.parents: dict[int, tuple[Any, Any]] = {}  # by number: the Task, or the actor with recovery, that submitted it
@@ -912,6 +916,7 @@ class Machine:
         self.rows: dict[tuple[str, int], int] = {}  # what the GCS has last been told: (table, number) -> state
         self.rows_every = self.rng.choice((1, 5, 40, 1000))  # events
         self.gcs_is_stalled = False
+        self.late_results = 0  # that came from whoever the node does not listen to
         self.unrecorded: set[int] = set()  # numbers of tasks of which the GCS is not told by this node; never iterated
         self.told_of_starvation = False
         self.processes: dict[int, Worker] = {}
@@ -957,6 +962,8 @@ class Machine:
             if type(event) is TasksFinished and process.client in self.node.scheduler.workers:
                 self.check_states(process, event.results)
                 self.note_finished(process, event.results)
+            elif type(event) is TasksFinished:
+                self.late_results += len(event.results)
             if process.client in self.graves:
                 assert self.node.handle(event, self.clock()) == [], f"the dead are heard: {event}"
                 self.check()
@@ -1015,6 +1022,8 @@ class Machine:
         for task_id, status, payload, *_ in results:
             process.unheard.pop(task_id, None)
             task = in_flight.get(task_id)
+            if task is not None and task.no and status == RETRYABLE_ERROR and task.retries_left and not task.cancelled:
+                self.raised[task.no] += task.error is None
             if task is None or not task.no or status in (RETRYABLE_ERROR, NOT_STARTED):
                 continue
             parent, maker = self.parents.get(task.no, (None, None))
@@ -1201,14 +1210,15 @@ class Machine:
             call, state = process.ends.popleft()
             assert call == task_id
             if len(state) > len(answered):
-                answered.append(task_id)
+                answered.append(state[-1])
                 # An actor that has lost its recovery drops no duplicates any more, as any other.
-                again = record.in_flight[task_id].template.options.retry_exceptions or record.actor.recovery is None
-                assert again or answered.count(task_id) == 1, "a call was executed twice"
+                again = record.actor.recovery is None
+                assert again or answered.count(state[-1]) == 1, "a call was executed twice"
             assert list(state) == answered[: len(state)], "an actor's state is not that of the calls that were answered"
 
-    def begins(self, process: Process, task_id: bytes) -> None:
-        """No task is executed more often than its options allow, nor again when its result is known."""
+    def begins(self, process: Process, task_id: bytes, raised: int) -> None:
+        """No task is executed more often than its options allow, nor again when its result is known; and as many of its
+        attempts have raised before, as far as the node has heard, as the process believes."""
         assert isinstance(process, Worker)
         record = self.node.scheduler.workers.get(process.client)
         if record is None:
@@ -1217,6 +1227,7 @@ class Machine:
         task = self.tasks.get(process.numbers.get(task_id, 0))
         if task is None:
             return  # A replay of an actor's log: see check_states.
+        assert raised == self.raised[task.no], f"{ids.short(task_id)} numbers its children as after {raised} that raised"
         options = task.template.options
         self.begun[task.no] += 1
         is_exact = record.actor is not None and record.actor.task.template.options.checkpoint_every
@@ -1374,6 +1385,7 @@ class Simulation(Machine):
                 self.handle(ActorKillRequested(DRIVER, actor.actor_id, True))
         self.until_all_is_quiet()
         self.check_end()
+        assert self.node.late_results == self.late_results, "a result of a task that its worker did not have"
 
     def until_all_is_quiet(self) -> None:
         for _ in range(50_000):

@@ -35,15 +35,15 @@ TEMPLATES = {
     CHILD: TaskOptions(TASK, F, "child", resources=(("CPU", UNIT),)),
     CALLER: TaskOptions(TASK, F, "caller", resources=(("caller", UNIT),)),
     CALL: TaskOptions(ACTOR_METHOD, b"", "A.call", method="call", max_retries=3),
-    RETRIED: TaskOptions(ACTOR_METHOD, b"", "A.retried", method="retried", max_retries=3, retry_exceptions=True),
+    RETRIED: TaskOptions(ACTOR_METHOD, b"", "A.retried", method="retried", max_retries=5, retry_exceptions=True),
     ONCE: TaskOptions(ACTOR_METHOD, b"", "A.once", method="once", max_retries=0),
     NOTHING: TaskOptions(TASK, F, "nothing", num_returns=0, resources=(("CPU", UNIT),)),
 }
 ACTOR = 10
 
 
-def child_of(parent: bytes, number: int) -> bytes:
-    return ids.pack_id(ids.children_prefix(parent), number, 0)
+def child_of(parent: bytes, number: int, raised: int = 0) -> bytes:
+    return ids.pack_id(ids.children_prefix(parent, raised), number, 0)
 
 
 class Instance:
@@ -154,7 +154,8 @@ class Play:
         raise AssertionError("it does not come to an end")
 
     def step(self, instance: Instance) -> None:
-        task_id, template_no, *_ = instance.queue.popleft()
+        task_id, template_no, _, _, mark = instance.queue.popleft()
+        raised = max(0, -mark)
         task = self.node.scheduler.workers[instance.client].in_flight[task_id]
         options = task.template.options
         instance.running = task_id
@@ -163,7 +164,7 @@ class Play:
         if options.kind == ACTOR_CREATION:
             instance.actor_id = task_id
         elif options.kind == ACTOR_METHOD:
-            alive = self.children_of(instance, task_id)
+            alive = self.children_of(instance, task_id, raised)
             instance.state += (task_id,)
             payload = pickle.dumps(len(instance.state))
             if self.may_fail.get(task_id, 0) > instance.state.count(task_id) - 1:
@@ -180,16 +181,17 @@ class Play:
         if not self.say(instance, TasksFinished(instance.client, [(task_id, status, payload, self.now, self.now)])):
             return
         if options.kind == ACTOR_METHOD:
-            self.say(instance, ReferencesChanged(instance.client, [], [child_of(task_id, 1)]))
+            self.say(instance, ReferencesChanged(instance.client, [], [child_of(task_id, 1, raised)]))
             instance.saved += 1
             if instance.saved == self.every and self.workers.get(instance.client) is instance:
                 self.save(instance)
 
-    def children_of(self, instance: Instance, parent: bytes) -> bool:
+    def children_of(self, instance: Instance, parent: bytes, raised: int) -> bool:
         """One that returns something, and one that does not, in a frame each."""
         for number, template in ((1, CHILD), (2, NOTHING)):
             self.introduce(instance, template)
-            if not self.say(instance, TasksSubmitted(instance.client, parent, [TaskSpec(child_of(parent, number), template)])):
+            spec = TaskSpec(child_of(parent, number, raised), template)
+            if not self.say(instance, TasksSubmitted(instance.client, parent, [spec])):
                 return False
         return True
 
@@ -484,6 +486,43 @@ def test_an_attempt_that_raised_is_replayed_before_its_retry_is_sent() -> None:
     play.run()
     assert play.instance.state == (flaky, flaky, other) and play.result(flaky) == 2
     play.nothing_is_left(flaky, other)
+
+
+def calls_that_raise(every: int, crashes: tuple[int, ...]) -> int:
+    """How many messages the actor's workers sent."""
+    play = Play(every, crashes=crashes)
+    first, flaky = play.call(), play.call(RETRIED)
+    play.may_fail[flaky] = 2
+    play.run()
+    assert play.instance.state == (first, flaky, flaky, flaky) and play.result(flaky) == 4
+    parents = [(first, 0), (flaky, 0), (flaky, 1), (flaky, 2)]
+    assert set(play.runs) == {child_of(call, number, raised) for call, raised in parents for number in (1, 2)}
+    assert set(play.runs.values()) == {1}, "none of them ran twice"
+    messages = play.messages
+    play.nothing_is_left(first, flaky)
+    return messages
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 100])
+def test_each_attempt_of_a_call_that_raised_has_children_of_its_own_wherever_its_worker_dies(every: int) -> None:
+    messages = calls_that_raise(every, ())
+    for crashes in combinations(range(1, messages + 8), 2):
+        calls_that_raise(every, crashes)
+
+
+def test_a_checkpoint_forgets_the_numbers_of_the_attempts_that_it_covers() -> None:
+    play = Play(every=3)
+    flaky = play.call(RETRIED)
+    play.may_fail[flaky] = 3
+    while play.instance.number == 0:
+        play.step(play.instance)
+    assert play.actor.recovery.raised == {} and play.actor.recovery.covered == 3
+    play.run()
+    assert play.actor.recovery.raised == {3: 3}, "the fourth execution, after three that raised"
+    play.die(play.instance.client)
+    play.run()
+    assert play.instance.state == (flaky,) * 4 and set(play.runs.values()) == {1}
+    play.nothing_is_left(flaky)
 
 
 def test_a_call_that_was_cancelled_while_it_waited_is_in_no_state() -> None:

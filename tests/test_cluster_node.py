@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from minray import ids
-from minray.cluster_messages import Expelled, FetchFailed, NodeDied, NodeJoined, ObjectArrived, TasksGiven
+from minray.cluster_messages import AttemptRaised, Expelled, FetchFailed, NodeDied, NodeJoined, ObjectArrived, TasksGiven
 from minray.cluster_node import HEARTBEAT_S, ROWS_A_NODE, SILENT_NODE_S, ClusterNode
 from minray.messages import (
     DRIVER, BlockRequested, CheckpointTaken, Command, FetchObject, FunctionExported, ObjectLost, ObjectPut, ObjectsAwaited,
@@ -19,13 +19,13 @@ from minray.messages import (
 )  # fmt: skip
 from minray.policy import Policy
 from minray.task_spec import (
-    ACTOR_CREATION, ACTOR_METHOD, ALIVE, FAILED, FINISHED, OK, TASK, UNIT, ActorOptions, TaskOptions, TaskSpec,
+    ACTOR_CREATION, ACTOR_METHOD, ALIVE, FAILED, FINISHED, OK, RETRYABLE_ERROR, TASK, UNIT, ActorOptions, TaskOptions, TaskSpec,
 )  # fmt: skip
 
 F = b"f" * 16
 ROOT = ids.root_task_id(b"cluster")
 CPU, GPU = ("CPU", UNIT), ("GPU", UNIT)
-PLAIN, ONCE, ON_GPU, MANY_CPUS, ACTOR, EXACT, CALL, LARGE = range(1, 9)
+PLAIN, ONCE, ON_GPU, MANY_CPUS, ACTOR, EXACT, CALL, LARGE, FLAKY = range(1, 10)
 TEMPLATES = {
     PLAIN: TaskOptions(TASK, F, "plain", resources=(CPU,)),
     ONCE: TaskOptions(TASK, F, "once", resources=(CPU,), max_retries=0),
@@ -35,6 +35,7 @@ TEMPLATES = {
     EXACT: TaskOptions(ACTOR_CREATION, F, "E.__init__", resources=(GPU,), max_retries=0, checkpoint_every=2),
     CALL: TaskOptions(ACTOR_METHOD, b"", "A.call", method="call", max_retries=0),
     LARGE: TaskOptions(TASK, F, "large", resources=(CPU,)),
+    FLAKY: TaskOptions(TASK, F, "flaky", resources=(CPU,), retry_exceptions=True),
 }
 SIZE = 100_000
 
@@ -577,3 +578,54 @@ def test_a_node_that_was_expelled_says_what_it_likes_and_changes_nothing(late: i
             assert [type(answer) for answer in cluster.nodes[1].handle(event, cluster.now)] == [TellNode]
     assert before == {one: task.state for one, task in cluster.nodes[1].lineage.tasks.items()}
     assert all(state != FAILED for state in before.values()) and FINISHED not in before.values()
+
+
+# ---------------------------------------------------------------- attempts that raised
+
+
+def marks(cluster: Cluster, number: int, one: bytes) -> list[int]:
+    """What workers of that node were told of the task, each time that they were given it (see RunTasks)."""
+    commands = [command for at, command in cluster.commands if at == number and isinstance(command, RunTasks)]
+    return [task[4] for command in commands for task in command.tasks if task[0] == one]
+
+
+def raise_on_node_2(cluster: Cluster, *tasks: bytes) -> bytes:
+    cluster.submit(FLAKY, *tasks)
+    flaky = next(one for number, _, one, _ in cluster.hands() if number == 2)
+    cluster.finish(flaky, (b"error", "ValueError: again"), RETRYABLE_ERROR)
+    assert marks(cluster, 2, flaky) == [False, -1], "it is retried where it raised"
+    return flaky
+
+
+def test_whoever_gave_a_task_that_raised_runs_it_again_with_the_children_of_its_last_attempt() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 1})
+    flaky = raise_on_node_2(cluster, T1, T2)
+    assert [event for to, event in cluster.said if isinstance(event, AttemptRaised)] == [AttemptRaised(-2, flaky, 1, 2)]
+    cluster.kill(2)
+    cluster.work()
+    assert marks(cluster, 1, flaky) == [-1]
+    assert cluster.nodes[1].lineage.tasks[flaky].retries_left == 1, "of three: it raised, and its node died"
+    assert cluster.get(T1, T2) == [b"value"] * 2
+
+
+def test_a_replay_on_another_node_has_the_children_of_the_attempt_that_succeeded() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 1})
+    flaky = raise_on_node_2(cluster, T1, T2)
+    cluster.finish(flaky, "large")
+    cluster.work()
+    cluster.kill(2)
+    cluster.work()
+    assert marks(cluster, 1, flaky) == [-1] and cluster.nodes[1].objects[flaky].data == b"value"
+
+
+def test_a_task_that_has_raised_and_is_given_to_another_node_takes_the_number_with_it() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 1})
+    flaky = raise_on_node_2(cluster, T1, T2)
+    cluster.add({"CPU": 1})
+    cluster.kill(2)
+    assert cluster.where(flaky) == 3, "the head is busy"
+    assert marks(cluster, 3, flaky) == [-1]
+    cluster.finish(flaky, (b"error", "ValueError: again"), RETRYABLE_ERROR)
+    assert marks(cluster, 3, flaky) == [-1, -2] and cluster.nodes[1].lineage.tasks[flaky].raised == 2
+    cluster.work()
+    assert cluster.get(T1, T2) == [b"value"] * 2

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
-from test_state import ROOT, ids, session, task_id  # noqa: F401 - session is a fixture
+from test_state import ROOT, T0, ids, session, task_id  # noqa: F401 - session is a fixture
 
 from minray import command
 
@@ -71,6 +73,16 @@ def test_status_says_what_there_is(run, session):  # noqa: F811
     assert "python demo.py, pid 77" in out
     assert "1 RUNNING" in out
     assert "objects  1 arena (5.0 MB)" in out
+    assert "late" not in out, "there is nothing to say"
+
+
+def test_status_counts_the_results_that_came_too_late(run, session):  # noqa: F811
+    with contextlib.closing(sqlite3.connect(session)) as database, database:
+        for no in range(101, 104):
+            event = (no, T0 + no, "late_result", task_id(2).hex(), "worker 2 had been given up")
+            database.execute("INSERT INTO events (no, time_us, kind, subject, message) VALUES (?, ?, ?, ?, ?)", event)
+    assert "late     3 discarded, of workers that had been given up" in run("status")[1]
+    assert json.loads(run("status", "--json")[1])["late_results"] == 3
 
 
 def test_ps_shows_what_a_live_worker_runs(run):

@@ -66,6 +66,17 @@ def test_a_second_execution_of_a_task_gives_its_children_the_same_ids():
     assert made[0] == made[1] and len(set(made[0])) == 3
 
 
+def test_an_execution_after_attempts_that_raised_has_children_and_puts_of_its_own():
+    context, task = core_worker.TaskContext(ids.NIL, None), ids.root_task_id(b"1")
+    made = []
+    for context.mark in (True, False, -1, -1, -2):
+        context.task_id = bytes(bytearray(task))
+        made.append((context.next_task_id(), context.next_task_id(), context.next_put_id(), context.next_put_id()))
+    assert made[0] == made[1] and made[2] == made[3]
+    assert len({*made[0], *made[2], *made[4]}) == 12
+    assert all(ids.is_put(one) == (n >= 2) for numbers in made for n, one in enumerate(numbers))
+
+
 def test_what_a_thread_submits_in_a_worker_without_a_task_is_sent_at_once(session, tmp_path):
     @minray.remote
     def touch(path):

@@ -411,6 +411,98 @@ def test_a_class_of_the_drivers_own_can_be_retried(module_session, counter):
     assert minray.get(ref, timeout=60) == 3
 
 
+@minray.remote
+def load(path, value):
+    """Fails when it runs for the first time; says how often it has run."""
+    with open(path, "ab") as file:
+        file.write(b"x")
+        count = file.tell()
+    if count == 1:
+        raise ConnectionError("it could not be reached")
+    return value, count
+
+
+@pytest.mark.parametrize("as_argument", [False, True])
+def test_a_task_that_is_retried_for_what_its_child_raised_runs_the_child_again(module_session, counter, as_argument):
+    @minray.remote(retry_exceptions=[ConnectionError])
+    def total(path):
+        value = minray.put(20) if as_argument else 20
+        value, count = minray.get(load.remote(path, value))
+        return minray.get(minray.put(value + count))
+
+    assert minray.get(total.remote(str(counter)), timeout=60) == 22
+    assert counter.stat().st_size == 2
+
+
+def test_children_that_have_finished_run_again_after_an_exception_and_not_after_a_crash(module_session, tmp_path):
+    @minray.remote
+    def note(path, number):
+        with open(path, "a") as file:
+            file.write(f"child after {number}\n")
+        return number
+
+    @minray.remote(max_retries=5, retry_exceptions=[ConnectionError])
+    def parent(path):
+        with open(path, "a") as file:
+            file.write("parent\n")
+        with open(path) as file:
+            attempt = file.read().count("parent")
+        seen = minray.get(note.remote(path, "its beginning"))  # The same at each attempt: not to be told apart.
+        if attempt in (1, 4):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if attempt in (2, 3):
+            raise ConnectionError(f"attempt {attempt}")
+        return seen, attempt
+
+    path = tmp_path / "story"
+    assert minray.get(parent.remote(str(path)), timeout=60) == ("its beginning", 5)
+    child = "child after its beginning"
+    # Attempt 2 finds the child of 1, which crashed; 3 and 4 come after exceptions; 5 finds that of 4, which crashed.
+    assert path.read_text().splitlines() == ["parent", child, "parent", "parent", child, "parent", child, "parent"]
+
+
+@pytest.mark.parametrize("kind", ["threads", "async"])
+def test_a_method_that_is_retried_for_what_its_child_raised_runs_the_child_again(module_session, counter, kind):
+    class Plain:
+        @minray.method(max_task_retries=3, retry_exceptions=[ConnectionError])
+        def total(self, path):
+            return minray.get(load.remote(path, 20))
+
+    class Async:
+        @minray.method(max_task_retries=3, retry_exceptions=[ConnectionError])
+        async def total(self, path):
+            return await load.remote(path, 20)
+
+    actor = minray.remote(max_concurrency=2)(Async if kind == "async" else Plain).remote()
+    assert minray.get(actor.total.remote(str(counter)), timeout=60) == (20, 2)
+
+
+def test_an_exact_actor_is_made_again_from_the_children_of_each_attempt(module_session, tmp_path):
+    @minray.remote(max_restarts=-1, checkpoint_every=1000)
+    class Sums:
+        def __init__(self):
+            self.seen = []
+
+        @minray.method(max_task_retries=3, retry_exceptions=[ConnectionError])
+        def add(self, path):
+            self.seen.append("attempt")
+            self.seen.append(minray.get(load.remote(path, 20)))
+            return self.seen
+
+        def show(self):
+            return self.seen, os.getpid()
+
+    actor = Sums.remote()
+    path = tmp_path / "runs"
+    expected = ["attempt", "attempt", (20, 2)]
+    assert minray.get(actor.add.remote(str(path)), timeout=60) == expected
+    seen, pid = minray.get(actor.show.remote())
+    os.kill(pid, signal.SIGKILL)
+    again, other_pid = minray.get(actor.show.remote(), timeout=60)
+    assert again == seen == expected and other_pid != pid
+    assert path.stat().st_size == 2, "the replay ran neither of them again"
+
+
 # ---------------------------------------------------------------- crashes
 
 

@@ -25,7 +25,8 @@ import conftest
 import pytest
 
 import minray
-from minray import api, exceptions, interrupts
+from minray import api, command, exceptions, interrupts, state
+from minray.messages import DRIVER, ActorKillRequested
 from minray.schema import JOB_STATES
 from minray.session import find, read_facts
 
@@ -934,3 +935,34 @@ def test_an_option_of_the_wrong_kind_is_refused_before_anything_starts(option: d
     with pytest.raises(ValueError, match=words):
         minray.init(**option)
     assert not minray.is_initialized()
+
+
+def test_an_answer_of_an_actor_that_was_given_up_is_discarded_and_counted(session, tmp_path, capsys):
+    """The actor is killed when the answer has been sent, and not yet been read."""
+
+    @minray.remote
+    class Reader:
+        def read(self, path):
+            with open(path) as file:
+                return file.read()
+
+    os.mkfifo(tmp_path / "fifo")
+    reader = Reader.remote()
+    answer = reader.read.remote(str(tmp_path / "fifo"))
+    raylet = api.core().raylet
+    with open(tmp_path / "fifo", "w") as fifo:  # It opens when the method has opened it, too.
+        with raylet.lock:  # From here on the node hears nobody.
+            fifo.write("an answer")
+            fifo.close()
+            (worker,) = [worker for worker in raylet.node.scheduler.workers.values() if worker.actor is not None]
+            sent = select.poll()
+            sent.register(raylet._channels[worker.client].fd, select.POLLIN)
+            assert sent.poll(1000 * conftest.within(60)), "it has sent nothing"
+            raylet._handle(ActorKillRequested(DRIVER, worker.actor.actor_id, True))
+    with pytest.raises(exceptions.ActorDiedError):
+        minray.get(answer, timeout=60)
+    (event,) = wait_until(lambda: state.list_events(filters=[("kind", "=", "late_result")]))
+    assert event.subject == answer.hex()
+    assert event.message == f"worker {worker.client} had been given up; its result was discarded (1 so far)"
+    assert command.main(["status"]) == 0
+    assert "late     1 discarded" in capsys.readouterr().out

@@ -215,6 +215,23 @@ def exceptions_are_retried_as_often_as_said():
     return first, tries, minray.get(counter.get.remote())
 
 
+def children_of_a_task_that_is_retried_run_again():
+    counter = Counter.remote()
+
+    @minray.remote
+    def load(counter):
+        count = minray.get(counter.add.remote())
+        if count == 1:
+            raise KeyError("the first time")
+        return count
+
+    @minray.remote(retry_exceptions=[KeyError])
+    def total(counter):
+        return minray.get(load.remote(counter))
+
+    return minray.get(total.remote(counter)), minray.get(counter.get.remote())
+
+
 def tasks_in_tasks_on_one_cpu():
     return minray.get(depth.remote(6))
 
@@ -519,7 +536,8 @@ PROGRAMS = [
     several_results, a_wrong_number_of_results, an_error_comes_at_get, an_error_has_its_cause_and_its_traceback,
     an_error_goes_through_what_depends_on_it, an_error_in_a_nested_task, an_exit_is_an_error, an_exception_that_cannot_be_pickled,
     an_argument_that_cannot_be_pickled, a_result_that_cannot_be_pickled, a_call_with_too_many_arguments,
-    exceptions_are_retried_as_often_as_said, tasks_in_tasks_on_one_cpu, a_task_that_asks_for_more_than_there_is,
+    exceptions_are_retried_as_often_as_said, children_of_a_task_that_is_retried_run_again, tasks_in_tasks_on_one_cpu,
+    a_task_that_asks_for_more_than_there_is,
     an_actor_that_asks_for_more_than_there_is, the_resources_that_a_task_has, wait_keeps_the_order, wait_and_get_have_timeouts,
     wait_refuses_duplicates, get_refuses_what_is_no_ref, a_running_task_is_cancelled, a_waiting_task_is_cancelled_and_its_child,
     a_task_is_cancelled_by_force, what_has_finished_cannot_be_cancelled, an_actor_keeps_its_state_and_its_order, two_actors_are_isolated,

@@ -18,7 +18,7 @@ from minray import ids, job_storage, object_store
 from minray.gcs import Gcs
 from minray.messages import (
     DRIVER, ActorKillRequested, BlockRequested, CheckpointTaken, Command, DeleteFile, Event, FunctionExported, ObjectLost, ObjectPut,
-    ReferencesChanged, Reply, RestoreActor, RunTasks, TasksFinished, TasksSubmitted, TemplateDefined, Warn, WorkerDied,
+    ReferencesChanged, Reply, RestoreActor, RunTasks, StartWorker, TasksFinished, TasksSubmitted, TemplateDefined, Warn, WorkerDied,
     WorkerStarted,
 )  # fmt: skip
 from minray.task_spec import (
@@ -88,7 +88,9 @@ class Run:
         parent = parent or self.root
         client = DRIVER if parent == self.root else self.worker_of(parent)
         self.children[parent] = self.children.get(parent, 0) + 1
-        task_id = ids.pack_id(ids.children_prefix(parent), self.children[parent], 0)
+        known = self.node.lineage.tasks.get(parent)
+        prefix = ids.children_prefix(parent, known.raised if known is not None else 0)
+        task_id = ids.pack_id(prefix, self.children[parent], 0)
         spec = TaskSpec(task_id, template, b"args", digest=digest(what, code), **fields)
         self.handle(TasksSubmitted(client, parent, [spec]))
         return task_id
@@ -105,6 +107,15 @@ class Run:
             payload = [(value, len(value) if type(value) is bytes else 100_000, nested)]
         result = (task_id, status, payload, self.now, self.now + 0.01)
         self.handle(TasksFinished(self.worker_of(task_id), [result]))
+
+    def dies(self, task_id: bytes) -> None:
+        """Its worker; another one takes its place."""
+        for command in self.handle(WorkerDied(self.worker_of(task_id), "was killed by SIGKILL", task_id)):
+            if isinstance(command, StartWorker):
+                self.handle(WorkerStarted(command.client, 100 + command.client))
+                for template_no, options in TEMPLATES.items():
+                    self.handle(TemplateDefined(command.client, template_no, options))
+        self.children.pop(task_id, None)
 
     def write(self, task_id: bytes, size: int = 100_000) -> str:
         """A task's worker writes a large result; the path of its file."""
@@ -317,8 +328,7 @@ def test_a_parent_that_runs_again_counts_its_children_again(job: Job) -> None:
         child = run.submit("draw()", parent)
         run.finish(child, run.write(child))
         run.handle(ReferencesChanged(run.worker_of(parent), [], [child]))
-        run.finish(parent, status=RETRYABLE_ERROR)
-        run.children.clear()
+        run.dies(parent)
         assert run.submit("draw()", parent) == child
         assert run.sent() == [parent, child, parent, child], "a large one that was dropped is run again"
         run.finish(parent)
@@ -327,6 +337,28 @@ def test_a_parent_that_runs_again_counts_its_children_again(job: Job) -> None:
     with job.run() as run:
         assert len(run.open.known.results) == 2, "one place, one result"
         assert run.is_done(run.submit("parent()", template=6))
+
+
+def test_children_of_an_attempt_that_raised_and_of_the_next_are_two(job: Job) -> None:
+    """Each is kept, and found again by the attempt that submits it in the next run."""
+    with job.run() as run:
+        parent = run.submit("parent()", template=6)
+        drawn = []
+        for value in (b"first", b"second"):
+            drawn.append(run.submit("draw()", parent))
+            run.finish(drawn[-1], value)
+            run.finish(parent, status=RETRYABLE_ERROR)
+            run.children.clear()
+        assert run.sent().count(parent) == 3 and len(set(drawn)) == 2
+    with job.run() as run:
+        assert len(run.open.known.results) == 2
+        parent = run.submit("parent()", template=6)
+        for value in (b"first", b"second"):
+            assert run.value(run.submit("draw()", parent)) == value
+            run.finish(parent, status=RETRYABLE_ERROR)
+            run.children.clear()
+        third = run.submit("draw()", parent)
+        assert third in run.sent(), "no result stands for two tasks"
 
 
 def test_a_parent_is_kept_only_when_what_it_submitted_has_ended(job: Job) -> None:

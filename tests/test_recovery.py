@@ -15,11 +15,13 @@ import minray
 from minray import ids, lineage, story
 from minray.exceptions import ObjectLostError, ObjectReconstructionFailedError, ReplayDivergedError
 from minray.messages import (
-    DRIVER, ArgumentLost, Command, ObjectLost, ObjectPut, ObjectsAwaited, ReferencesChanged, Reply, RunTasks, TasksFinished,
+    DRIVER, ArgumentLost, CancelRequested, CancelTask, Command, ItemsYielded, ObjectLost, ObjectPut, ObjectsAwaited, ReferencesChanged, Reply, RunTasks, TasksFinished,
     TasksReturned, TasksSubmitted, TemplateDefined, Unpinned, Warn, WorkerDied, WorkerStarted,
 )  # fmt: skip
 from minray.node import Node
-from minray.task_spec import ERROR, FINISHED, OK, PENDING_ARGS_AVAIL, TASK, UNIT, TaskOptions, TaskSpec
+from minray.task_spec import (
+    CANCELLED, ERROR, FINISHED, OK, PENDING_ARGS_AVAIL, RETRYABLE_ERROR, STREAMING, TASK, UNIT, TaskOptions, TaskSpec,
+)  # fmt: skip
 
 ROOT = ids.root_task_id(b"tests")
 PREFIX = ids.children_prefix(ROOT)
@@ -354,13 +356,130 @@ def test_only_the_newest_children_of_a_running_task_are_kept(world: World, monke
     assert list(world.node.objects) == [task_id(1)]
 
 
+# ---------------------------------------------------------------- attempts that raised
+
+
+def child_of(parent: bytes, number: int, raised: int = 0) -> bytes:
+    return task_id(number, ids.children_prefix(parent, raised))
+
+
+def handed(commands: list[Command]) -> list[tuple[bytes, int]]:
+    return [(task[0], task[4]) for command in commands if isinstance(command, RunTasks) for task in command.tasks]
+
+
+class Parent:
+    """A task that submits children, waits for them, raises and dies, as the test says."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.client = 1
+        world.handle(TasksSubmitted(DRIVER, ROOT, [TaskSpec(task_id(1), OFTEN)]))
+
+    def submits(self, child: bytes, args: bytes | None = None, template: TaskOptions | None = None) -> list[tuple[bytes, int]]:
+        options = TaskOptions(TASK, b"", "child", resources=(("CPU", UNIT),))
+        self.world.handle(TemplateDefined(self.client, 0, template or options))
+        commands = self.world.handle(TasksSubmitted(self.client, task_id(1), [TaskSpec(child, 0, args)]))
+        return handed(commands)
+
+    def child_ends(self, child: bytes, status: int = OK, payload: Any = b"value") -> None:
+        self.world.handle(TasksFinished(self.client, [(child, status, payload, 99.0, 100.0)]))
+        self.world.handle(ReferencesChanged(self.client, [], [child]))
+
+    def raises(self) -> list[tuple[bytes, int]]:
+        result = (task_id(1), RETRYABLE_ERROR, (b"error", "ValueError: again"), 99.0, 100.0)
+        return handed(self.world.handle(TasksFinished(self.client, [result])))
+
+    def crashes(self) -> list[tuple[bytes, int]]:
+        self.world.handle(WorkerDied(self.client, "was killed by SIGKILL", task_id(1)))
+        self.client += 1
+        return handed(self.world.handle(WorkerStarted(self.client, 1000 + self.client)))
+
+
+def test_an_attempt_after_one_that_raised_runs_its_children_again(world: World) -> None:
+    parent = Parent(world)
+    assert parent.submits(child_of(task_id(1), 1)) == [(child_of(task_id(1), 1), False)]
+    parent.child_ends(child_of(task_id(1), 1), ERROR, (b"error", "it could not be reached"))
+    assert parent.raises() == [(task_id(1), -1)]
+    assert child_of(task_id(1), 1) not in world.node.objects, "nobody will ask for the first one again"
+    again = child_of(task_id(1), 1, 1)
+    assert parent.submits(again, b"other arguments, perhaps") == [(again, False)]
+    parent.child_ends(again)
+    world.handle(TasksFinished(1, [(task_id(1), OK, b"done", 99.0, 100.0)]))
+    assert world.node.objects[task_id(1)].data == b"done"
+    assert world.events("replay_diverged") == []
+
+
+def test_an_attempt_after_a_crash_finds_the_children_of_the_one_that_crashed(world: World) -> None:
+    """Whether or not another had raised before."""
+    parent = Parent(world)
+    for raised in (0, 1):
+        child = child_of(task_id(1), 1, raised)
+        assert [one for one, _ in parent.submits(child)] == [child]
+        parent.child_ends(child)
+        assert parent.crashes() == [(task_id(1), -raised)]
+        assert parent.submits(child) == [], "it had finished"
+        assert world.node.objects[child].data == b"value"
+        world.handle(ReferencesChanged(parent.client, [], [child]))
+        if not raised:
+            assert parent.raises() == [(task_id(1), -1)]
+    world.handle(TasksFinished(parent.client, [(task_id(1), OK, b"done", 99.0, 100.0)]))
+    assert list(world.node.objects) == [task_id(1)]
+
+
+def test_a_replay_for_a_lost_result_finds_the_children_of_the_attempt_that_succeeded(world: World) -> None:
+    parent = Parent(world)
+    assert parent.raises() == [(task_id(1), -1)]
+    child = child_of(task_id(1), 1, 1)
+    parent.submits(child)
+    parent.child_ends(child)
+    world.handle(ReferencesChanged(DRIVER, [child], []))  # It is in the result, say.
+    world.finish(task_id(1))
+    assert handed(world.handle(ObjectLost(DRIVER, task_id(1), None, "a test dropped it"))) == [(task_id(1), -1)]
+    assert parent.submits(child) == []
+    assert parent.raises() == [(task_id(1), -2)], "a replay that raises is an attempt like any other"
+    world.finish(task_id(1))
+
+
+def test_what_an_attempt_that_raised_has_submitted_is_cancelled_with_its_task(world: World) -> None:
+    world.node.scheduler.add_resources((("CPU", UNIT),))
+    parent = Parent(world)
+    first, second = child_of(task_id(1), 1), child_of(task_id(1), 1, 1)
+    parent.submits(first)
+    parent.raises()
+    parent.submits(second)
+    world.handle(WorkerStarted(2, 1002))
+    commands = world.handle(CancelRequested(DRIVER, task_id(1), False, True))
+    for child in (first, second):
+        told = any(isinstance(command, CancelTask) and command.task_id == child for command in commands)
+        assert told or world.node.lineage.tasks[child].cancelled
+    for worker in list(world.node.scheduler.workers.values()):
+        ended = [(one, CANCELLED, (b"", "cancelled"), 99.0, 100.0) for one in worker.in_flight]
+        world.handle(TasksFinished(worker.client, ended))
+
+
+def test_the_generator_of_an_attempt_that_raised_keeps_no_items_for_the_next(world: World) -> None:
+    parent = Parent(world)
+    stream = TaskOptions(TASK, b"", "stream", num_returns=2, resources=(("CPU", UNIT),), streaming=STREAMING)
+    old = child_of(task_id(1), 1)
+    parent.submits(old, template=stream)
+    parent.raises()
+    parent.submits(child_of(task_id(1), 1, 1))  # So there is something that is kept for this attempt.
+    world.handle(ItemsYielded(1, old, 0, [(b"item", 4, ())]))
+    kept = world.node.lineage.tasks[task_id(1)].children
+    assert kept is not None and list(kept) == [child_of(task_id(1), 1, 1)]
+    for one in (old, child_of(task_id(1), 1, 1), task_id(1)):
+        world.handle(TasksFinished(1, [(one, ERROR, (b"error", "ValueError: it ends"), 99.0, 100.0)]))
+
+
 def test_a_late_result_of_a_worker_that_was_given_up_is_discarded_and_counted(world: World) -> None:
     world.handle(TasksSubmitted(DRIVER, ROOT, [TaskSpec(task_id(1), OFTEN)]))
     world.handle(WorkerDied(1, "was killed by SIGKILL", task_id(1)))
     world.handle(WorkerStarted(2, 1002))
     assert world.handle(TasksFinished(1, [(task_id(1), OK, b"late", 99.0, 100.0)])) == []
     assert world.node.objects[task_id(1)].data is None
-    assert len(world.events("late_result")) == 1
+    assert world.events("late_result") == ["worker 1 had been given up; its result was discarded (1 so far)"]
+    again = [(task_id(1), OK, b"late", 99.0, 100.0), (task_id(2), ERROR, (b"error", "late"), 99.0, 100.0)]
+    assert world.handle(TasksFinished(1, again)) == [] and world.node.late_results == 3
     world.handle(TasksFinished(2, [(task_id(1), OK, b"value", 99.0, 100.0)]))
     assert world.node.objects[task_id(1)].data == b"value"
 

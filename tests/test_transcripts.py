@@ -221,8 +221,10 @@ class World:
             actor_id = self.ids[what.partition(".")[0]]
             what = f"{self.class_of[actor_id]}.{what.partition('.')[2]}"
         if name not in self.ids:
-            self.children[parent] += 1
-            self.call(ids.pack_id(ids.children_prefix(parent), self.children[parent], 0), name)
+            of = self.node.lineage.tasks.get(parent)
+            prefix = ids.children_prefix(parent, of.raised if of is not None else 0)
+            self.children[prefix] += 1
+            self.call(ids.pack_id(prefix, self.children[prefix], 0), name)
         given = split(args)
         deps = tuple(self.id(one) for one in given if re.fullmatch(r"[A-Za-z][\w.]*", one))
         nested = tuple(self.id(one) for arg in given if arg[0] == "[" for one in split(arg[1:-1]))
@@ -501,10 +503,12 @@ class World:
         assert len(command) == 1, f"transcripts have no words for {command} yet: give it some in {Path(__file__).name}"
         return ""
 
-    def task(self, worker: int, task_id: bytes, template_no: int, args: Any, values: Any, may_hold: bool) -> str:
+    def task(self, worker: int, task_id: bytes, template_no: int, args: Any, values: Any, mark: int) -> str:
         given = [self.fetched(value) for value in values or ()] + ([args.decode()] if args else [])
         text = f"{self.name(task_id)}={self.told[worker, template_no]}({', '.join(given)})"
-        return text + " (may wait for company)" if may_hold else text
+        if mark < 0:
+            return text + f" (raised before: {-mark})"
+        return text + " (may wait for company)" if mark else text
 
     def fetched(self, value: Any) -> str:
         if value is None:

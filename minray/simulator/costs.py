@@ -106,7 +106,7 @@ def _node_costs(num_tasks: int) -> Costs:
     other.handle(TemplateDefined(-2, 1, options), 0.0)
     start = clock()
     for batch in batches:
-        other.handle(TasksGiven(-2, [(spec, 1, None, 3) for spec in batch], []), 0.0)
+        other.handle(TasksGiven(-2, [(spec, 1, None, 3) for spec in batch], [], {}), 0.0)
     given_s = (clock() - start) / num_tasks
     return Costs(
         event_s=round(event_s + 4e-6, 9), submitted_s=round(submitted_s, 9), given_s=round(given_s, 9),
