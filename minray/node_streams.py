@@ -134,6 +134,16 @@ class NodeStreams(NodeRecovery):
             )
         )
 
+    def _close_stream(self, task: Task) -> None:
+        """It has come to its end.  If an item is lost it begins anew at once: what it needs must not go in between."""
+        arguments = task.spec.deps + task.spec.nested if task.stream.lost else ()
+        for object_id in arguments:
+            self.lineage.hold(object_id)
+        self._close(task, FINISHED)
+        self._stream_ended(task, None)
+        for object_id in arguments:
+            self.lineage.release(object_id)
+
     def _stream_ended(self, task: Task, error: bytes | None) -> None:
         """`error`: what becomes of the items that have not come."""
         stream = task.stream

@@ -355,9 +355,10 @@ class NodeTasks(NodeObjects):
                 if type(value[0]) is not bytes:
                     self._grants.pop((worker.client, ids.return_id(task.spec.task_id, index)), None)
                 self.lineage.accept_return(task, index, value, False, now)
-            self._close(task, FINISHED)
             if options.streaming:
-                self._stream_ended(task, None)
+                self._close_stream(task)
+            else:
+                self._close(task, FINISHED)
         elif status == CANCELLED:
             self._fail_cancelled(task)
         else:
@@ -525,6 +526,9 @@ class NodeTasks(NodeObjects):
 
     @abstractmethod
     def _count_items(self, task: Task) -> None: ...
+
+    @abstractmethod
+    def _close_stream(self, task: Task) -> None: ...
 
     @abstractmethod
     def _stream_ended(self, task: Task, error: bytes | None) -> None: ...

@@ -10,7 +10,7 @@ from test_node import T1, VALUE, World, task_id
 from minray import ids
 from minray.lineage import MAX_CHILDREN
 from minray.messages import (
-    DRIVER, CancelRequested, CancelTask, Command, ItemsRequested, ItemsYielded, KillWorker, ObjectLost, ReferencesChanged, Reply, RequestAbandoned, RoomAwaited,
+    DRIVER, CancelRequested, CancelTask, Command, ItemsRequested, ItemsYielded, KillWorker, ObjectLost, ObjectPut, ReferencesChanged, Reply, RequestAbandoned, RoomAwaited,
     RunTasks, TasksSubmitted, TemplateDefined, WorkerDied,
 )  # fmt: skip
 from minray.task_spec import CANCELLED, DYNAMIC, FAILED, FINISHED, STREAMING, TaskSpec
@@ -84,6 +84,19 @@ def test_an_item_that_is_lost_while_its_generator_runs_on_is_made_by_another_run
     assert world.node.objects[first].data == "/spill/two"
     assert world.node.objects[ids.item_id(T1, 1)].data == b"11", "what was there stays"
     assert world.state(T1) == FINISHED
+
+
+def test_what_a_generator_was_given_is_there_for_its_next_run_even_if_nobody_else_holds_it() -> None:
+    world, given = streaming_world(), ids.put_id(T1, 1)
+    world.handle(ObjectPut(DRIVER, given, ("/spill/given", LARGE, ()), b""))
+    world.submit(T1, deps=(given,))
+    drop(world, given)
+    first = ids.item_id(T1, 0)
+    yields(world, 1, T1, 0, ("/spill/one", LARGE, ()))
+    take(world, T1, 0)
+    world.handle(ObjectLost(DRIVER, first, "/spill/one", "gone"))
+    (run,) = [c for c in world.finish(1, T1, payload=ENDS) if isinstance(c, RunTasks)]
+    assert run.tasks[0][3] == [("/spill/given", LARGE, False, given)]
 
 
 @pytest.mark.parametrize("lost_first", [True, False])
