@@ -411,6 +411,18 @@ def test_a_full_disk_is_a_typed_error_and_heals(small_home, tmp_path, capfd):
     assert "everything is written now" in told
 
 
+def test_a_session_that_cannot_begin_on_a_full_disk_says_where_room_is_needed(small_home):
+    ballast = small_home / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    with pytest.raises(OutOfDiskError, match=f"no room for a session.*{small_home}.*Nothing was started.*MINRAY_HOME"):
+        minray.init(num_cpus=1)
+    ballast.unlink()
+    with minray.init(num_cpus=1):
+        assert minray.get(square.remote(3)) == 9
+
+
 def test_a_session_that_ends_on_a_full_disk_says_so_in_a_line(small_home, capfd):
     with minray.init(num_cpus=1):
         ballast = small_home / "ballast"
