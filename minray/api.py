@@ -298,8 +298,8 @@ def _start(given: Mapping[str, Any], announce: bool = False) -> Context:
                 if error.errno != errno.ENOSPC:
                     raise
                 raise exceptions.OutOfDiskError(
-                    f"init() found no room for a session: {error}. Nothing was started. Make room there, or have sessions "
-                    "elsewhere: MINRAY_HOME=/path/of/a/directory."
+                    f"init() found no room for a session: {error}. Nothing was started. Make room there, or have "
+                    "sessions elsewhere: MINRAY_HOME=/path/of/a/directory."
                 ) from error
             if given.get("runtime_env"):
                 _enter(_core, given["runtime_env"])
