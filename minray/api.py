@@ -7,6 +7,7 @@ one global of the library, `_core`: which session this process is part of.
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import sys
 import threading
@@ -277,21 +278,29 @@ def _start(given: Mapping[str, Any], announce: bool = False) -> Context:
                 _core = start(given, _resources, _store_bytes(given))
                 return _context(_core)
             memory = given.get("memory") or machine.total_memory_bytes() * 7 // 10
-            _core = Driver(  # If Ctrl-C was pressed meanwhile, that is felt below: there is a session by then.
-                resources={**_resources(given, memory), **_NODE_RESOURCES.get(exceptions.name_prefix, {})},
-                object_store_memory=_store_bytes(given),
-                namespace=given.get("namespace") or f"anonymous-{os.urandom(4).hex()}",
-                log_to_driver=given.get("log_to_driver", True),
-                history=_amount(given, "history", 100_000, whole=True),
-                policy=given.get("policy"),
-                version=__version__,
-                warn=lambda text: print(f"minray: {text}", file=sys.stderr),
-                job=given.get("job"),
-                root=given.get("root"),
-                default_lifetime=given.get("default_lifetime"),
-                search_path=given.get("search_path", ()),
-                labels=given.get("labels"),
-            )
+            try:
+                _core = Driver(  # If Ctrl-C was pressed meanwhile, that is felt below: there is a session by then.
+                    resources={**_resources(given, memory), **_NODE_RESOURCES.get(exceptions.name_prefix, {})},
+                    object_store_memory=_store_bytes(given),
+                    namespace=given.get("namespace") or f"anonymous-{os.urandom(4).hex()}",
+                    log_to_driver=given.get("log_to_driver", True),
+                    history=_amount(given, "history", 100_000, whole=True),
+                    policy=given.get("policy"),
+                    version=__version__,
+                    warn=lambda text: print(f"minray: {text}", file=sys.stderr),
+                    job=given.get("job"),
+                    root=given.get("root"),
+                    default_lifetime=given.get("default_lifetime"),
+                    search_path=given.get("search_path", ()),
+                    labels=given.get("labels"),
+                )
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                raise exceptions.OutOfDiskError(
+                    f"init() found no room for a session: {error}. Nothing was started. Make room there, or have "
+                    "sessions elsewhere: MINRAY_HOME=/path/of/a/directory."
+                ) from error
             if given.get("runtime_env"):
                 _enter(_core, given["runtime_env"])
             raise_deferred()

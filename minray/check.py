@@ -203,8 +203,14 @@ def _advice(path: str, is_storage: bool) -> str:
             f"itself cannot read: salvage what it can while no job runs (sqlite3 {path} .recover | sqlite3 NEW), or "
             f"delete the file and {path}.objects; then all is run anew."
         )
+    directory = os.path.dirname(os.path.abspath(path))
+    if not os.path.isfile(os.path.join(directory, "session.json")):  # It may be anything, among anything.
+        return (
+            "It lies in no session's directory, and may be no file of minray's. If it is one, salvage what can be "
+            f"read: sqlite3 {path} .recover | sqlite3 NEW"
+        )
     return (
         "This is the history of one session, and no result depends on it: what is named above is lost to `minray "
         "tasks` and its kind, and to nothing else. Look at the rest; or salvage what can be read "
-        f"(sqlite3 {path} .recover | sqlite3 NEW); or delete {os.path.dirname(os.path.abspath(path))}."
+        f"(sqlite3 {path} .recover | sqlite3 NEW); or delete {directory}."
     )

@@ -9,6 +9,7 @@ process (driver.py), a worker has a socket (worker.py).
 from __future__ import annotations
 
 import concurrent.futures
+import errno
 import hashlib
 import inspect
 import itertools
@@ -415,8 +416,10 @@ class CoreWorker(ABC):
             if type(data) is int:
                 return self.arena.pinned_view(data, size, unpin)
             return object_store.map_file(data, unpin)
-        except (FileNotFoundError, object_store.DamagedFileError) as error:
+        except OSError as error:
             unpin()
+            if error.errno in NO_FAULT_OF_THE_FILE:
+                raise
             raise ValueLost(object_id, data, f"its file {data} {_fault(error)}") from None
         except BaseException:
             unpin()
@@ -669,8 +672,14 @@ class _LoopWaiter(_FutureWaiter):
             self._future.set_exception(RuntimeError(f"the task raised StopIteration: {error}"))
 
 
+NO_FAULT_OF_THE_FILE = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""Why a file cannot be read that may be whole: another time it can be."""
+
+
 def _fault(error: OSError) -> str:
-    return "is gone" if isinstance(error, FileNotFoundError) else str(error.strerror)
+    if isinstance(error, object_store.DamagedFileError):
+        return str(error.strerror)
+    return "is gone" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
 
 
 def raise_stored(error: BaseException) -> NoReturn:

@@ -387,6 +387,7 @@ class Driver(CoreWorker):
         self.raylet.close()
         clean = self.zygote.close(self._on_last_notice)
         print_lines(self._pending_lines + self._printer.close_all(monotonic()))
+        print_lines([("stderr", f"minray: {text}") for text in self.raylet.warnings])
         if not clean:
             finish_session(self.session.path, self.arena.name)
         self.arena.close()

@@ -32,6 +32,7 @@ that a job needs are no history.  ``minray job NAME --forget`` is the way to shr
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -113,7 +114,7 @@ def storage_path(job: str, storage: Any) -> str:
         with contextlib.suppress(FileExistsError):
             os.mkdir(directory, 0o700)
         path = os.path.join(directory, f"{job}.sqlite")
-    elif isinstance(storage, (str, os.PathLike)) and os.fspath(storage):
+    elif isinstance(storage, (str, os.PathLike)) and os.fspath(storage) and "\0" not in os.fsdecode(storage):
         path = os.path.abspath(os.fsdecode(storage))
     else:
         raise ValueError(f"init(storage=...) must be the path of a file, got {storage!r}.")
@@ -267,8 +268,16 @@ def _holder(descriptor: int, byte: int) -> int | None:
 
 def _take_job(directory: str, name: str) -> int:
     """The descriptor that holds the driver's lock.  Raises JobInUseError."""
-    os.makedirs(os.path.dirname(directory), 0o700, exist_ok=True)
-    os.makedirs(directory, 0o700, exist_ok=True)
+    for made in (os.path.dirname(directory), directory):
+        try:
+            os.makedirs(made, 0o700, exist_ok=True)
+        except FileExistsError:
+            raise FileExistsError(
+                errno.EEXIST,
+                "this is no directory, and the results of a durable job lie in one of that name, beside the storage. "
+                "Nothing was started. Move it away, or choose another init(storage=...)",
+                made,
+            ) from None
     for made in (os.path.dirname(directory), directory):
         found = os.lstat(made)
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:

@@ -455,6 +455,8 @@ class Lineage:
             for object_id in task.origins:
                 self.objects[object_id].replays -= 1
             task.origins = None
+        else:
+            task.missing = 0  # It was given nothing, or it could not be replayed; its result may have been known.
 
     def is_no_origin(self, entry: ObjectEntry) -> None:
         """It has turned out to be a handle: see `release_arguments`."""

@@ -58,6 +58,9 @@ before a busy thread would hand it back (5 ms)."""
 SMALL_SHM = 256 << 20
 """A /dev/shm with less room is rather a container's default (Docker: 64 MB) than a machine's."""
 
+LEAST_ARENA = 128 << 10
+"""What every session needs of it takes half of that."""
+
 HIGH_FD = 64
 """Our file descriptor is this or above.  A task that closes those it does not know begins at the low ones,
 and a file that it then opened in our place would be the one that `Arena.back` extends."""
@@ -333,7 +336,8 @@ def plan_arena(
 ) -> ArenaPlan:
     """How large the arena shall be, and where: 30 % of the memory unless told, if there is room for that.
 
-    Where shared memory has next to no room, the arena is a file in ``directory``.
+    Where shared memory has next to no room, the arena is a file in ``directory``, if that has more: it takes half.
+    Raises OSError with ENOSPC where neither has any.
     """
     wanted = _whole_pages((requested_bytes or memory_bytes * 3 // 10) + mmap.PAGESIZE - 1)
     name = "minray-" + os.urandom(8).hex()
@@ -350,12 +354,25 @@ def plan_arena(
             f"The object store gets {free:,} bytes; what does not fit is spilled to disk.",
         )
     directory = os.path.abspath(directory)
-    capacity = max(_whole_pages(min(wanted, (_free_bytes(directory) or 0) // 2)), mmap.PAGESIZE)
+    on_disk = _whole_pages(min(wanted, (_free_bytes(directory) or 0) // 2))
+    if max(free, on_disk) < LEAST_ARENA:
+        raise OSError(
+            errno.ENOSPC,
+            f"no room for an object store of {LEAST_ARENA:,} bytes: {shm_directory} has {free:,} bytes free, and half "
+            f"of what {directory} has free is {on_disk:,}",
+        )
+    if free >= on_disk:
+        return ArenaPlan(
+            name,
+            free,
+            f"{shm_directory} has {free:,} bytes free (so little often means a container), and {directory} has not "
+            "more. That is the object store.",
+        )
     return ArenaPlan(
         os.path.join(directory, "arena"),
-        capacity,
+        on_disk,
         f"{shm_directory} has {free:,} bytes free (so little often means a container). Objects are kept in a "
-        f"file of {capacity:,} bytes in {directory}, which is slower when the kernel writes it to disk. "
+        f"file of {on_disk:,} bytes in {directory}, which is slower when the kernel writes it to disk. "
         f"To allow more shared memory: docker run --shm-size=2g. To do with less: object_store_memory={free}",
     )
 

@@ -647,7 +647,15 @@ class Raylet:
                 self._gcs.sock.settimeout(2.0)
                 with suppress(OSError):
                     while self._gcs.backlog:
-                        self._gcs.sock.sendall(self._gcs.backlog.popleft())
+                        try:
+                            self._gcs.sock.sendall(self._gcs.backlog.popleft())
+                        except TimeoutError:
+                            self.warnings.append(
+                                "the GCS has taken nothing for 2 s at the end of the session: the newest rows of the "
+                                "history are lost, and with them the newest results of a durable job. Is it stopped, "
+                                "or its disk very slow?"
+                            )
+                            break
                     # Not only closed: a process that the driver has forked may have it, too.
                     self._gcs.sock.shutdown(socket.SHUT_WR)
             self._close_descriptors()

@@ -81,8 +81,11 @@ class Session:
         self.facts.update(facts)
         partial = os.path.join(self.path, ".session.json")
         fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with open(fd, "w") as file:
-            json.dump(self.facts, file, indent=1)
+        try:
+            with open(fd, "w") as file:
+                json.dump(self.facts, file, indent=1)
+        except OSError as error:  # A full disk does not say which.
+            raise OSError(error.errno, error.strerror, partial) from None
         os.replace(partial, os.path.join(self.path, "session.json"))
 
     def finish(self) -> str:

@@ -183,6 +183,7 @@ class Faults:
     ) -> None:
         """Stop a worker (SIGSTOP) and let it go on after so many seconds, at the latest at the end of the block."""
         _check_seconds("seconds", 0 if seconds is None else seconds, from_zero=True)
+        self._check_begun()  # Also for now: it is the block that lets it go on.
         self._plan(
             f"freeze the worker of {_name(of)}", of, at_message, times, lambda client: self._freeze(client, seconds)
         )
@@ -214,11 +215,14 @@ class Faults:
         Which message that is, and so what comes of it, is the machine's timing: a seed repeats the schedule,
         not the run.  A frozen worker goes on after up to 0.1 s.  Tasks must allow for it: a killed worker costs the
         task that it runs one of its max_retries, and so does the loss of a value that has to be made again."""
-        if not 0 < rate <= 1 or not kinds or set(kinds) - set(KINDS):
+        is_rate = type(rate) in (int, float) and 0 < rate <= 1
+        if not is_rate or isinstance(kinds, str) or not kinds or set(kinds) - set(KINDS):
             raise ValueError(
-                f"random() takes a rate above 0 and up to 1, got {rate!r}; and kinds of {', '.join(KINDS)}, "
+                f"random() takes a rate above 0 and up to 1, got {rate!r}; and a list of {', '.join(KINDS)}, "
                 f"got {kinds!r}."
             )
+        if type(at_most) is not int or at_most < 1:
+            raise ValueError(f"at_most=... is an integer from 1, got {at_most!r}")
         draw_gap, draw_kind = Random(self._random.random()), Random(self._random.random())
 
         def gaps() -> Iterator[int]:
@@ -255,7 +259,15 @@ class Faults:
             )
         return counts
 
+    def _check_begun(self) -> None:
+        if not self._thread.ident:
+            raise RuntimeError(
+                "What is planned happens within the block, and this one has not begun: write "
+                "`with minray.testing.faults() as faults:`, and plan it there."
+            )
+
     def _add(self, plan: _Plan) -> None:
+        self._check_begun()
         self._now(lambda: self._plans.append(plan))
 
     def _clients(self, counts: Matcher) -> list[int]:
@@ -599,6 +611,8 @@ def fill_store(leave_bytes: int = 0) -> Iterator[int]:
     >>> len(minray.get(ref)), taken > 0
     (1000000, True)
     """
+    if type(leave_bytes) is not int or leave_bytes < 0:
+        raise ValueError(f"fill_store() leaves an integer of bytes from 0, got {leave_bytes!r}")
     core: Driver = api.core()  # type: ignore[assignment]
     if core.client:
         raise RuntimeError("minray.testing.fill_store() works in the driver; this is a worker.")

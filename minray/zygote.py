@@ -47,6 +47,11 @@ OUTPUT_BACKLOG = 64
 CHUNK_BYTES = 32 * 1024
 EXIT_S = 2.0
 """How long the GCS may take to finish its file at the end."""
+GCS_CUT_SHORT = (
+    b"minray: the GCS is ended without having written everything: it has not come to an end within 2 s. The newest "
+    b"rows of the history are lost, and with them the newest results of a durable job. Is it stopped, or its disk very "
+    b"slow?\n"
+)
 
 
 class ZygoteClient:
@@ -462,6 +467,7 @@ class Zygote:
             self._await_child(deadline)
         for child in self.children.values():
             if child.number == GCS:
+                self._pass_on(child, "stderr", GCS_CUT_SHORT, "")
                 with suppress(ProcessLookupError):
                     os.kill(child.pid, signal.SIGKILL)
         # Grandchildren that left their group; what they have started becomes ours in turn.

@@ -219,6 +219,12 @@ def test_a_file_of_another_version_and_one_that_is_no_database_are_told(whole, d
     assert any("its format is version 1" in fault for fault in check_file(str(damaged)).faults)
     damaged.write_text("this is a text, and it is long enough to be taken for a header of a hundred bytes" * 5)
     assert check_file(str(damaged)).faults == ["SQLite cannot read on: file is not a database"]
+    assert command.main(["check", str(damaged)]) == 1
+    told = capsys.readouterr().out
+    assert "may be no file of minray's" in told and "delete" not in told, "it lies among anything"
+    (damaged.parent / "session.json").touch()
+    assert command.main(["check", str(damaged)]) == 1
+    assert f"or delete {damaged.parent}." in capsys.readouterr().out
     assert command.main(["check", str(damaged.parent / "nothing")]) == 1
     assert "no session" in capsys.readouterr().err
 

@@ -411,6 +411,18 @@ def test_a_full_disk_is_a_typed_error_and_heals(small_home, tmp_path, capfd):
     assert "everything is written now" in told
 
 
+def test_a_session_that_cannot_begin_on_a_full_disk_says_where_room_is_needed(small_home):
+    ballast = small_home / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    with pytest.raises(OutOfDiskError, match=f"no room for a session.*{small_home}.*Nothing was started.*MINRAY_HOME"):
+        minray.init(num_cpus=1)
+    ballast.unlink()
+    with minray.init(num_cpus=1):
+        assert minray.get(square.remote(3)) == 9
+
+
 def test_a_session_that_ends_on_a_full_disk_says_so_in_a_line(small_home, capfd):
     with minray.init(num_cpus=1):
         ballast = small_home / "ballast"
@@ -421,6 +433,24 @@ def test_a_session_that_ends_on_a_full_disk_says_so_in_a_line(small_home, capfd)
     told = capfd.readouterr().err
     assert told.count("the GCS ends without having written everything: ") == 1
     assert "0 bytes are free" in told and "Traceback" not in told
+
+
+def test_a_session_whose_gcs_does_not_come_to_an_end_says_that_rows_are_lost(capfd):
+    """It is stopped, as it would be by a disk that hangs."""
+    with minray.init(num_cpus=1):
+        assert minray.get(square.remote(3)) == 9
+        os.kill(wait_until(gcs_pid, "there is no GCS"), signal.SIGSTOP)
+        assert minray.get(square.remote(4)) == 16
+    told = capfd.readouterr().err
+    assert "the GCS is ended without having written everything" in told and "results of a durable job" in told
+
+
+def test_rows_that_a_stopped_gcs_has_no_room_for_are_told_to_be_lost(capfd):
+    with minray.init(num_cpus=1):
+        os.kill(wait_until(gcs_pid, "there is no GCS"), signal.SIGSTOP)
+        while not api._core.raylet._gcs.backlog_bytes:  # The socket's buffer is what the kernel makes of it.
+            minray.get([square.remote(number) for number in range(1000)])
+    assert "the GCS has taken nothing for 2 s at the end of the session" in capfd.readouterr().err
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ def test_a_parent_that_does_not_exist_is_not_made(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("path", ["", 7])
+@pytest.mark.parametrize("path", ["", 7, "jobs\0.sqlite"])
 def test_what_is_no_path_is_refused(path):
     with pytest.raises(ValueError, match="must be the path of a file"):
         opened(path)
@@ -129,6 +129,15 @@ def test_a_directory_of_results_that_others_can_write_is_refused(tmp_path):
     os.chmod(f"{path}.objects", 0o777)
     with pytest.raises(PermissionError, match="not a directory that only you can write to"):
         opened(path)
+
+
+@pytest.mark.parametrize("name", ["jobs.sqlite.objects", "jobs.sqlite.objects/job"])
+def test_a_file_in_the_place_of_the_directory_of_results_is_refused(name, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=f"is no directory.*Nothing was started.*{name}"):
+        opened(tmp_path / "jobs.sqlite")
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_a_pipe_is_refused(tmp_path):

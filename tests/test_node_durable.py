@@ -745,6 +745,16 @@ def test_a_kept_file_that_cannot_be_read_is_made_anew(job: Job, template: int) -
         assert run.is_done(task) and run.is_done(run.submit("later(_)", deps=(task,)))
 
 
+def test_a_small_result_that_was_known_and_is_dropped_is_made_anew(job: Job) -> None:
+    finish_one(job, "f(1)", value=b"old")
+    with job.run() as run:
+        task = run.submit("f(1)")
+        run.handle(ObjectLost(DRIVER, task, b"old", "it was dropped"))
+        assert run.sent() == [task]
+        run.finish(task, b"new")
+        assert run.value(task) == b"new"
+
+
 @pytest.mark.parametrize("harm", ["gone", "cut", "flipped"])
 def test_a_damaged_file_of_an_inner_object_is_found_before_it_is_relied_on(job: Job, harm: str) -> None:
     with job.run() as run:

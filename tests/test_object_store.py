@@ -478,6 +478,19 @@ def test_where_shared_memory_is_tiny_the_arena_is_a_file(monkeypatch):
     assert plan_arena(None, 10 * GIB, "/session", "/shm").capacity == GIB // 2, "the disk is left half empty"
 
 
+def test_where_the_disk_has_even_less_the_arena_is_what_shared_memory_has(monkeypatch):
+    with_free(monkeypatch, shm=64 * MIB, session=2 * MIB)
+    name, capacity, warning = plan_arena(None, 10 * GIB, "/session", "/shm")
+    assert name.startswith("minray-") and capacity == 64 * MIB and "67,108,864 bytes free" in warning
+
+
+def test_where_neither_has_room_it_is_said_before_anything_is_made(monkeypatch):
+    with_free(monkeypatch, shm=4096, session=100_000)
+    with pytest.raises(OSError, match="4,096 bytes free.*/session") as caught:
+        plan_arena(None, 10 * GIB, "/session", "/shm")
+    assert caught.value.errno == errno.ENOSPC
+
+
 @linux
 def test_a_machine_without_shared_memory_gets_a_file(tmp_path):
     name, capacity, warning = plan_arena(None, GIB, str(tmp_path), str(tmp_path / "missing"))

@@ -524,7 +524,14 @@ def damage(path: str) -> None:
         file.write(b"not what was there")
 
 
-@pytest.mark.parametrize("fault", [os.unlink, damage, lambda path: os.truncate(path, 5000)], ids=["gone", "damaged", "cut"])
+def replace(path: str) -> None:
+    os.unlink(path)
+    os.mkdir(path)
+
+
+@pytest.mark.parametrize(
+    "fault", [os.unlink, damage, lambda path: os.truncate(path, 5000), replace], ids=["gone", "damaged", "cut", "replaced"]
+)
 @pytest.mark.parametrize("reader", ["driver", "task", "worker", "future", "actor"])
 def test_a_spilled_object_whose_file_is_bad_is_made_again_for_every_reader(fault: Any, reader: str, tmp_path: Path) -> None:
     note = str(tmp_path / "note")

@@ -208,6 +208,8 @@ def test_without_a_block_nothing_is_in_the_way(session):
     assert "handle" not in vars(node)
     with pytest.raises(RuntimeError, match="has ended"):
         faults.kill_worker()
+    with pytest.raises(RuntimeError, match="has not begun"):
+        testing.faults().kill_worker()
     with testing.faults(must_fire=False):
         minray.shutdown()
 
@@ -224,7 +226,11 @@ def test_without_a_block_nothing_is_in_the_way(session):
         (lambda faults: faults.slow(delay_s=0), ValueError, "delay_s=... is a number"),
         (lambda faults: faults.drop("x"), TypeError, "drop.. takes an ObjectRef or None"),
         (lambda faults: faults.random(0), ValueError, "a rate above 0"),
+        (lambda faults: faults.random("often"), ValueError, "a rate above 0"),
         (lambda faults: faults.random(0.1, kinds=["explode"]), ValueError, "explode"),
+        (lambda faults: faults.random(0.1, kinds="drop"), ValueError, "a list of"),
+        (lambda faults: faults.random(0.1, at_most=0), ValueError, "at_most=... is an integer from 1"),
+        (lambda faults: testing.fill_store(-1).__enter__(), ValueError, "bytes from 0"),
         (lambda faults: testing.drop(double), TypeError, "drop.. takes an ObjectRef"),
     ],
 )

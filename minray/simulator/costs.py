@@ -9,6 +9,7 @@ stays as it is here; all can be changed (``minray simulate --costs FILE``).
 from __future__ import annotations
 
 import json
+import math
 import time
 from typing import Any, NamedTuple
 
@@ -34,10 +35,19 @@ class Costs(NamedTuple):
 def load(path: str) -> Costs:
     """Costs from a JSON file; what it leaves out is as in `Costs()`.  Raises ValueError for a name that is unknown."""
     with open(path, encoding="utf-8") as file:
-        found: dict[str, Any] = json.load(file)
+        try:
+            found: dict[str, Any] = json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON, as --calibrate writes it: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must be a JSON object of names and costs, as --calibrate writes it.")
     unknown = [name for name in found if name not in Costs._fields]
     if unknown:
         raise ValueError(f"{path}: no such cost: {', '.join(unknown)}. There are {', '.join(Costs._fields)}.")
+    for name, value in found.items():
+        least = 1 if "bandwidth" in name else 0
+        if type(value) not in (int, float) or not least <= value < math.inf:
+            raise ValueError(f"{path}: {name} must be a number from {least}, got {value!r}")
     return Costs(**{name: float(value) for name, value in found.items()})
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -60,6 +62,10 @@ def _run(options: argparse.Namespace) -> int:
     for name in ("nodes", "workers", "tasks"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(options, name)}")
+    if not 0 <= options.task_ms < math.inf:
+        raise ValueError(f"--task-ms must be a number from 0, not {options.task_ms:g}")
+    if options.plot:
+        _check_plot(options.plot)
     costs = costing.load(options.costs) if options.costs else Costs()
     policy = load_policy(options.policy) if options.policy else Policy
     faults = parse_faults(options.faults)
@@ -140,11 +146,17 @@ def draw(lines: list[Line], axes: tuple[str, str]) -> list[str]:
     return drawn
 
 
+def _check_plot(path: str) -> None:
+    """Before minutes of simulation, what would make the drawing fail after them."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib, which is not installed: pip install matplotlib")
+    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        raise ValueError(f"--plot {path}: there is no such directory")
+
+
 def draw_png(outcome: Outcome, path: str) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot needs matplotlib, which is not installed: pip install matplotlib") from None
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -57,30 +57,46 @@ def parse_faults(text: str) -> list[Fault]:
     """``kill_node@5,cut_node:2@8``: what, an argument if it has one, and when.  Raises ValueError."""
     faults = []
     for part in filter(None, text.split(",")):
-        what, at, seconds = part.partition("@")
-        what, _, argument = what.partition(":")
+        what, _, seconds = part.partition("@")
+        what, has_argument, argument = what.partition(":")
         try:
-            fault = Fault(what, float(seconds), float(argument) if argument else None)
+            fault = Fault(what, float(seconds), float(argument) if has_argument else None)
         except ValueError:
-            at = ""
-        if what not in FAULTS or not at:
+            fault = None
+        if fault is None or what not in FAULTS or not 0 <= fault.at_s < math.inf:
             raise ValueError(
                 f"{part!r} is no fault. Write WHAT@SECONDS or WHAT:ARGUMENT@SECONDS, WHAT being {', '.join(FAULTS)}."
             )
+        if fault.argument is not None and not _is_argument(what, fault.argument):
+            raise ValueError(f"{part!r}: {ARGUMENTS[what]}")
         faults.append(fault)
     return faults
+
+
+ARGUMENTS = {
+    "kill_node": "the argument is the number of a node, from 2: node 1 is the head, which has the driver",
+    "join_node": "it takes no argument",
+    "cut_node": "the argument is for how many seconds, above 0",
+    "slow_node": "the argument is how many times slower it runs, above 0",
+}
+
+
+def _is_argument(what: str, value: float) -> bool:
+    if what == "kill_node":
+        return value > HEAD and value.is_integer()
+    return what != "join_node" and 0 < value < math.inf
 
 
 def plan(world: World, faults: list[Fault]) -> None:
     for fault in faults:
         if fault.what == "kill_node":
-            world.at(fault.at_s, world.kill_node, int(fault.argument) if fault.argument else None)
+            world.at(fault.at_s, world.kill_node, None if fault.argument is None else int(fault.argument))
         elif fault.what == "join_node":
             world.at(fault.at_s, world.join_node)
         elif fault.what == "cut_node":
-            world.at(fault.at_s, world.cut_node, fault.argument or 1.0)
+            world.at(fault.at_s, world.cut_node, 1.0 if fault.argument is None else fault.argument)
         else:
-            world.at(fault.at_s, world.slow_node, fault.argument or 10.0)
+            world.at(fault.at_s, world.slow_node, 10.0 if fault.argument is None else fault.argument)
 
 
 # ---------------------------------------------------------------- a flood of tasks
@@ -147,6 +163,10 @@ def run_flood(
     figures = common_figures(world, num_tasks)
     if faults:
         figures["faults"] = [f"{when:.2f} s: {what}" for when, what in world.story]
+        figures["faults"] += [
+            f"{fault.at_s:g} s: {fault.what} did not happen: all was done before"
+            for fault in faults if fault.at_s > world.now
+        ]  # fmt: skip
         figures["recovery_s"] = recovery_times(world)
     return Outcome(
         f"{num_tasks:,} tasks of {task_s * 1e3:g} ms on {num_nodes} nodes with {cpus} workers each",

@@ -391,6 +391,8 @@ class Machine:
         )
         self.processes: dict[int, Process] = {}
         self.alive = True
+        self.since_s = world.now
+        self.until_s: float | None = None  # when it was killed
         self.busy_until = 0.0  # the node's loop
         self.loop_s = 0.0  # how long that was busy in all
         self.busy_s = 0.0  # the same of all workers
@@ -627,9 +629,12 @@ class World:
         if node_no is not None:
             alive = [m for m in alive if m.node_no == node_no]
         if not alive:
+            which = "but the head" if node_no is None else f"n{node_no}"
+            self.story.append((self.now, f"kill_node did not happen: there is no node {which}"))
             return
         machine = self.rng.choice(alive)
         machine.alive = False
+        machine.until_s = self.now
         for process in machine.processes.values():
             process.alive = False
         self.story.append((self.now, f"node {machine.label} is killed"))
@@ -643,14 +648,18 @@ class World:
     def cut_node(self, seconds: float) -> None:
         """Its link carries nothing for so long; if that is too long it is declared dead, and told so afterwards."""
         alive = [m for m in self.machines.values() if m.alive and m.node_no != HEAD]
-        if alive:
+        if not alive:
+            self.story.append((self.now, "cut_node did not happen: there is no node but the head"))
+        else:
             machine = self.rng.choice(alive)
             machine.cut_until = self.now + seconds
             self.story.append((self.now, f"node {machine.label} is cut off for {seconds:g} s"))
 
     def slow_node(self, factor: float) -> None:
         alive = [m for m in self.machines.values() if m.alive and m.node_no != HEAD]
-        if alive:
+        if not alive:
+            self.story.append((self.now, "slow_node did not happen: there is no node but the head"))
+        else:
             machine = self.rng.choice(alive)
             machine.slowness = factor
             self.story.append((self.now, f"node {machine.label} runs {factor:g} times slower"))
@@ -658,9 +667,10 @@ class World:
     # ------------------------------------------------------------ what came of it
 
     def utilisation(self) -> float:
-        """The part of all workers' time in which they ran tasks."""
-        workers = sum(machine.cpus for machine in self.machines.values())
-        return sum(machine.busy_s for machine in self.machines.values()) / max(1e-9, workers * self.now)
+        """The part of all workers' time, while their machines lived, in which they ran tasks."""
+        machines = self.machines.values()
+        lived_s = sum(m.cpus * ((self.now if m.until_s is None else m.until_s) - m.since_s) for m in machines)
+        return sum(m.busy_s for m in machines) / max(1e-9, lived_s)
 
     def trace_hash(self) -> str:
         return self.trace.hexdigest() if self.trace is not None else ""
