@@ -356,7 +356,7 @@ class Scheduler:
                     del self.active[shape]
                 elif not shape.starved:
                     self.wake_by(now + STARVED_S)  # To see whether what it waits for will ever be free.
-        if self.idle and len(self.idle) < len(self.workers):
+        if (self.idle or self.apart) and len(self.idle) < len(self.workers):
             self._take_back(now)
 
     def _by_turns(self, now: float) -> list[Shape]:
@@ -422,7 +422,7 @@ class Scheduler:
                 self._start_workers(shape.waiting)
                 return
             self._run(self._lease(shape, pool, idle), shape.take(1), now)
-        if not self.idle and not self.starting:
+        if not self.idle and not self.starting and not self.apart:
             self._start_for_prefetched()
 
     def _start_for_prefetched(self) -> None:
@@ -735,8 +735,12 @@ class Scheduler:
         return due
 
     def _take_back(self, now: float) -> None:
-        """A worker is idle: fetch unstarted tasks from the one that has most work ahead, half of them."""
+        """A worker is idle: fetch unstarted tasks from the one that has most work ahead, half of them.
+
+        Only of those whose tasks an idle worker may run.  If there is none, though their resources are free, one is
+        started: it will be idle, and of no environment yet."""
         victim, most = None, 0.0
+        helpless = False
         for worker in self.workers.values():
             ahead = len(worker.in_flight) - 1
             if ahead < 1 or worker.taking_back or worker.blocked:
@@ -750,6 +754,8 @@ class Scheduler:
                 wait_s = max(wait_s, now - worker.progressed_s)  # Slower than it used to be.
             if wait_s < TAKE_BACK_AFTER_S:
                 self.wake_by(now + TAKE_BACK_AFTER_S)
+            elif self.apart and not self._idle_for(shape):
+                helpless = True
             elif wait_s > most:
                 victim, most = worker, wait_s
         if victim is not None:
@@ -757,6 +763,8 @@ class Scheduler:
             victim.asked_s = now
             self.wake_by(now + SILENT_S)
             self._out.append(TakeBack(victim.client, len(victim.in_flight) // 2))
+        elif helpless and not self.starting:
+            self.start_worker()
 
     # ------------------------------------------------------------ for tests
 
