@@ -54,6 +54,7 @@ class Group:
         self.value = event.value  # of its object, once it is placed
         self.state = PENDING
         self.shapes: list[Shape] = []  # of its tasks: they draw from its bundles
+        self.claim: Shape | None = None  # while it waits: all that it wants
         self.reason = ""  # why it was removed, or never can be placed
         self.told = False  # its owner knows that it waits for what may never be free
         self.requested_s = now
@@ -132,6 +133,10 @@ class NodePlacement(NodeActors):
             for shape in group.shapes:
                 shape.pools = self._pools_of(group, shape.placement[1])  # type: ignore[misc]
                 self.scheduler.shapes[shape.key] = shape
+            wanted = Counter[str]()
+            for bundle in group.bundles:
+                wanted.update(bundle.total)
+            group.claim = Shape(tuple(wanted.items()), True, (self.scheduler.pool,))
             self._waiting.setdefault(group.wants, {})[group.group_id] = group
 
     def _why_never_placed(self, group: Group) -> str:
@@ -152,11 +157,13 @@ class NodePlacement(NodeActors):
         return f"the labels {own}" if own else "no labels of its own"
 
     def _place_groups(self, now: float) -> None:
-        """Called before tasks are given what is free: a group that was placed late would be placed never."""
+        """Called before tasks are given what is free; and groups have their turns among queues."""
+        self.scheduler.claims.clear()
         for wants, groups in list(self._waiting.items()):
             while groups:
                 group = next(iter(groups.values()))
                 if not self.scheduler.reserve(group.bundles):
+                    self.scheduler.claims[group.claim] = None  # type: ignore[index]
                     if not group.told:
                         self.scheduler.wake_by(group.requested_s + STARVED_S)
                     break
@@ -210,6 +217,7 @@ class NodePlacement(NodeActors):
             del waiting[group.group_id]
             if not waiting:
                 del self._waiting[group.wants]
+            self.scheduler.claims.pop(group.claim, None)  # type: ignore[arg-type]
         was = group.state
         group.state, group.reason, group.removed_s = REMOVED, why, now
         self._note_group(group)

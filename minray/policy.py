@@ -41,8 +41,9 @@ class Policy:
     can run here soon, and give the rest to whoever would start it first."""
 
     def order(self, shapes: Iterable[Shape]) -> list[Shape]:
-        """In which order to serve queues that are not empty: those that ask for more first, so that
-        many small tasks do not starve a large one; of those that ask for the same, the one with the oldest task."""
+        """In which order to serve queues that are not empty: those that ask for more first, because small ones find
+        room beside them; of those that ask for the same, the one with the oldest task.  Whatever it says, none waits
+        for ever: see the scheduler's turns."""
 
         def place(shape: Shape) -> tuple[float, ...]:
             return (-len(shape.resources), -sum(amount for _, amount in shape.resources), shape.oldest_s())

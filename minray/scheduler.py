@@ -11,12 +11,18 @@ not know objects or arguments: a task comes here once its dependencies are ready
   never waits for the node; `taken back` they are when another worker has nothing to do.
 * A worker that blocks in get() lends its CPUs: the node may start another worker on them.
   When it goes on it takes them again at once, even if that makes the count negative: nothing
-  new starts until it is positive again.  So nested tasks of any depth run on one CPU.
+  new starts until it is positive again, and nobody is handed more.  So nested tasks of any depth run on one CPU.
 * An actor is a worker whose lease lasts as long as it lives.
 * A lease draws from a *pool*: the node's own, or a bundle of a placement group.  A bundle is a small node in the node:
   what it has was taken out of the node's pool when its group was placed, and is there for that group's shapes alone.
 * A worker belongs to the environment of the first task that it is given (most have none, which is one as well), and
   runs tasks of that environment only.  So an environment always begins in a fresh process.
+* No queue waits for ever because another one never empties: shapes take *turns* (docs/decisions/0025).  It is the turn
+  of a shape whose first task has stood still for a while: what it needs is kept for it, and workers that stand in its
+  way run dry.  The turn ends when it is given something, or when it has lasted as long as the wait before it; the next
+  one comes after as long again.
+* A task that stands still in get() is helped by what waits in queues, not by more that stand still beside it.  Of a
+  shape of which *many* do, little is begun as long as others wait, and in its own queue children come first.
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 from minray.lineage import Request, Task, Template
-from minray.messages import AssignResources, Command, HoldNext, StartWorker, TakeBack
+from minray.messages import DRIVER, AssignResources, Command, HoldNext, StartWorker, TakeBack
 from minray.policy import Policy
 from minray.task_spec import ACTOR_METHOD, PENDING_NODE_ASSIGNMENT, UNIT, Placement, Resources
 
@@ -42,6 +48,8 @@ TAKE_BACK_AFTER_S = 0.005
 """A task waits at most this long behind another while a worker is idle."""
 STARVED_S = 5.0
 """Who waits so long for resources that actors hold is told, once."""
+PATIENCE_S = 0.1
+"""So long a queue stands still before it is its turn: about as long as the work that workers have in hand."""
 IDLE_WORKER_S = 2.0
 """Workers beyond the number of CPUs end after so long without work."""
 SPARE_WORKERS = 2
@@ -108,6 +116,22 @@ class Pool:
     def room_for(self, shape: Shape) -> int:
         return min(self.available.get(name, 0) // amount for name, amount in shape.resources)
 
+    def keeps_for(self, first: Shape, shape: Shape) -> bool:
+        """Whether a lease of `shape` would leave too little of something for `first`."""
+        wanted = dict(first.resources)
+        return any(
+            name in wanted and (name == "GPU" or self.available.get(name, 0) - amount < wanted[name])
+            for name, amount in shape.resources
+        )  # GPUs: what is left may be in pieces.
+
+    def lacks_for(self, first: Shape, shape: Shape) -> bool:
+        """Whether `first` waits for something that workers of `shape` hold."""
+        held = dict(shape.resources)
+        return any(
+            name in held and (self.available.get(name, 0) < amount or (name == "GPU" and not self.fits(first)))
+            for name, amount in first.resources
+        )
+
 
 def choose_gpus(free: dict[int, int], amount: int) -> tuple[int, ...] | None:
     """Whole GPUs, or one with that fraction free (the fullest that fits, so that whole ones stay whole)."""
@@ -158,6 +182,10 @@ class Shape:
         self.leased: dict[int, WorkerRecord] = {}
         self.num_gpus = dict(resources).get("GPU", 0)
         self.starved = False  # its owner has been told that it waits for what actors hold
+        # Only kept up to date while other queues wait, too:
+        self.head = 0  # the number of its first task
+        self.since_s = 0.0  # since when that is the first
+        self.due_s = 0.0  # when it is its turn
 
     @property
     def waiting(self) -> int:
@@ -167,6 +195,17 @@ class Shape:
     def oldest_s(self) -> float:
         """When the first that waits was submitted."""
         return next((task.submitted_s for task in self.queue if task.state == PENDING_NODE_ASSIGNMENT), inf)
+
+    def standing_still(self) -> int:
+        """How many of its tasks are blocked, each in a process of its own."""
+        return sum(1 for worker in self.leased.values() if worker.blocked)
+
+    def put_children_first(self) -> None:
+        """What tasks have submitted comes before what the driver has, the newest first: they may stand still for it."""
+        tasks = [task for task in self.queue if task.state == PENDING_NODE_ASSIGNMENT]
+        tasks.sort(key=lambda task: (0, -task.no) if task.client != DRIVER else (1, 0))
+        self.queue = deque(tasks)
+        self.gaps = 0
 
     def take(self, count: int) -> list[Task]:
         """The first `count` tasks; there must be so many."""
@@ -227,6 +266,10 @@ class Scheduler:
         self.shapes: dict[tuple[Any, ...], Shape] = {}
         self.apart = False  # not every worker may run every task: there are environments, or a max_calls
         self.active: dict[Shape, None] = {}  # with tasks in the queue
+        self.claims: dict[Shape, None] = {}  # what placement groups wait for; without a queue
+        self.first: Shape | None = None  # whose turn it is
+        self.turn_ends_s = 0.0
+        self.in_debt = False  # a CPU count may be negative
         self.workers: dict[int, WorkerRecord] = {}
         self.idle: dict[int, WorkerRecord] = {}  # the last to go idle is last
         self.starting = 0
@@ -235,6 +278,11 @@ class Scheduler:
         self._workers_made = 0
         self._out = out
         self._run = run
+
+    @property
+    def many(self) -> int:
+        """More processes of one shape than this are too many, if the CPUs do not say how many there may be."""
+        return max(8, 4 * self.pool_size)
 
     # ------------------------------------------------------------ tasks
 
@@ -298,7 +346,7 @@ class Scheduler:
 
     def dispatch(self, now: float) -> None:
         if self.active:
-            shapes = list(self.active) if len(self.active) == 1 else self.policy.order(self.active)
+            shapes = list(self.active) if len(self.active) == 1 and not self.claims else self._by_turns(now)
             for shape in shapes:
                 if shape.exclusive:
                     self._serve_actors(shape, now)
@@ -308,8 +356,64 @@ class Scheduler:
                     del self.active[shape]
                 elif not shape.starved:
                     self.wake_by(now + STARVED_S)  # To see whether what it waits for will ever be free.
-        if self.idle and len(self.idle) < len(self.workers):
+        if (self.idle or self.apart) and len(self.idle) < len(self.workers):
             self._take_back(now)
+
+    def _by_turns(self, now: float) -> list[Shape]:
+        """In which order to serve queues: as the policy says, but first whose turn it is."""
+        waiting = [*self.active, *self.claims]
+        for shape in waiting:
+            head = shape.queue[0].no if shape.queue else -1
+            if shape.head != head:
+                shape.head, shape.since_s = head, now
+                still = shape.standing_still()
+                shape.due_s = now + PATIENCE_S * (still if still >= self.many else 1)
+                if shape is self.first:
+                    self.first = None  # It has been given something.
+        if self.first is not None and (self.first not in waiting or now >= self.turn_ends_s):
+            self._wait_again(self.first, now)
+            self.first = None
+        if self.first is None:
+            due = (shape for shape in waiting if shape.resources and shape.due_s <= now)
+            for shape in sorted(due, key=lambda shape: shape.due_s):
+                if not self._waits_for_an_end(shape):
+                    self.first = shape
+                    self.turn_ends_s = now + max(PATIENCE_S, now - shape.since_s)
+                    break
+                self._wait_again(shape, now)
+        if self.first is not None:
+            self.wake_by(self.turn_ends_s)
+        return sorted(self.policy.order(self.active), key=lambda shape: shape is not self.first)
+
+    def _wait_again(self, shape: Shape, now: float) -> None:
+        shape.due_s = now + max(PATIENCE_S, now - shape.since_s)
+
+    def _waits_for_an_end(self, shape: Shape) -> bool:
+        """Nothing that others could leave to it would help."""
+        pools = [pool for pool in shape.pools if not isinstance(pool, Bundle) or pool.placed]
+        return all(self._is_held_for_good(pool, shape) for pool in pools)
+
+    def _kept_for(self, shape: Shape) -> Shape | None:
+        """The shape for which others, of which this is one, have to leave something."""
+        first = self.first
+        if first is None or first is shape:
+            return None
+        has_waited = first.queue[0].no == first.head if first.queue else first in self.claims
+        return first if has_waited else None  # It may just have been given something.
+
+    def _stands_back(self, shape: Shape, now: float) -> bool:
+        """Whether it is given nothing just now, for the sake of others that wait."""
+        first = self._kept_for(shape)
+        if first is not None and any(pool in shape.pools and pool.lacks_for(first, shape) for pool in first.pools):
+            return True  # Its workers run dry, and what they hold goes to who stood still.
+        if shape is self.first or now >= shape.due_s or shape.standing_still() < self.many:
+            return False
+        for other in self.active:
+            is_rival = any(pool in shape.pools for pool in other.pools) and not other.starved
+            if is_rival and other.standing_still() < self.many:
+                self.wake_by(shape.due_s)
+                return True
+        return False
 
     def _serve_actors(self, shape: Shape, now: float) -> None:
         while shape.queue and (pool := self._pool_for(shape)) is not None:
@@ -318,7 +422,7 @@ class Scheduler:
                 self._start_workers(shape.waiting)
                 return
             self._run(self._lease(shape, pool, idle), shape.take(1), now)
-        if not self.idle and not self.starting:
+        if not self.idle and not self.starting and not self.apart:
             self._start_for_prefetched()
 
     def _start_for_prefetched(self) -> None:
@@ -331,19 +435,24 @@ class Scheduler:
                     return
 
     def _serve(self, shape: Shape, now: float) -> None:
-        if self.apart and len(self.active) > 1 and self._is_younger(shape):
-            return  # Its workers run dry, and what they hold goes to who came first.
+        if (len(self.active) > 1 or self.claims) and self._stands_back(shape, now):
+            return
         waiting = shape.waiting
         new = 0
         while new < waiting and (pool := self._pool_for(shape)) is not None:
             idle = self._idle_for(shape) if self.apart else self.idle
             if not idle:
-                self._start_workers(min(waiting - new, self.room_for(shape)))
+                wanted = min(waiting - new, self.room_for(shape))
+                if wanted > self.starting and shape.standing_still() >= self.many:
+                    shape.put_children_first()
+                self._start_workers(wanted)
                 break
             self._lease(shape, pool, idle)
             new += 1
         # Level the tasks over the workers, the newest first, each up to what it should prefetch.
         workers = [w for w in reversed(shape.leased.values()) if not w.blocked and not w.taking_back]
+        if self.in_debt:
+            workers = self._without_debt(shape, workers)
         if not workers:
             return
         level = -(-(waiting + sum(len(w.in_flight) for w in workers)) // len(workers))
@@ -358,17 +467,12 @@ class Scheduler:
             elif not worker.in_flight:
                 self.finished_one(worker, now)  # Levelling had none left for it.
 
-    def _is_younger(self, shape: Shape) -> bool:
-        """Whether another queue that could use exactly what this one uses has an older task: of another environment,
-        say.  It would else wait until this one is empty, and that may be never."""
-        mine = shape.oldest_s()
-        return bool(shape.resources) and any(
-            not other.exclusive
-            and other.resources == shape.resources
-            and other.pools == shape.pools
-            and other.oldest_s() < mine
-            for other in self.active
-        )
+    def _without_debt(self, shape: Shape, workers: list[WorkerRecord]) -> list[WorkerRecord]:
+        """Where more CPUs are in use than there are, workers run dry: they would go on as long as the queue does."""
+        self.in_debt = any(pool.available.get("CPU", 0) < 0 for pool in (self.pool, *self.bundles))
+        if "CPU" not in dict(shape.resources):
+            return workers
+        return [w for w in workers if w.pool is not None and w.pool.available.get("CPU", 0) >= 0]
 
     def finished_one(self, worker: WorkerRecord, now: float) -> None:
         """The worker has no task left: its lease ends."""
@@ -424,8 +528,9 @@ class Scheduler:
         """The first pool with its resources free."""
         if not shape.resources and not shape.exclusive and self.room_for(shape) <= 0:
             return None  # Nothing bounds it but this.
+        first = self._kept_for(shape) if self.first is not None else None
         for pool in shape.pools:
-            if pool.fits(shape):
+            if pool.fits(shape) and (first is None or pool not in first.pools or not pool.keeps_for(first, shape)):
                 return pool
         return None
 
@@ -436,7 +541,7 @@ class Scheduler:
     def room_for(self, shape: Shape) -> int:
         """How many more workers the free resources allow for this shape."""
         if not shape.resources:
-            return max(8, 4 * self.pool_size) - sum(1 for w in shape.leased.values() if not w.blocked)
+            return self.many - len(shape.leased) + shape.standing_still()
         return sum(max(0, pool.room_for(shape)) for pool in shape.pools)
 
     def _lease(self, shape: Shape, pool: Pool, idle: dict[int, WorkerRecord]) -> WorkerRecord:
@@ -493,6 +598,7 @@ class Scheduler:
         worker.blocked -= 1
         if worker.blocked == 0:
             self._adjust_cpu(worker, -1)
+            self.in_debt = True  # Perhaps.
 
     # ------------------------------------------------------------ bundles of placement groups
 
@@ -629,8 +735,12 @@ class Scheduler:
         return due
 
     def _take_back(self, now: float) -> None:
-        """A worker is idle: fetch unstarted tasks from the one that has most work ahead, half of them."""
+        """A worker is idle: fetch unstarted tasks from the one that has most work ahead, half of them.
+
+        Only of those whose tasks an idle worker may run.  If there is none, though their resources are free, one is
+        started: it will be idle, and of no environment yet."""
         victim, most = None, 0.0
+        helpless = False
         for worker in self.workers.values():
             ahead = len(worker.in_flight) - 1
             if ahead < 1 or worker.taking_back or worker.blocked:
@@ -644,6 +754,8 @@ class Scheduler:
                 wait_s = max(wait_s, now - worker.progressed_s)  # Slower than it used to be.
             if wait_s < TAKE_BACK_AFTER_S:
                 self.wake_by(now + TAKE_BACK_AFTER_S)
+            elif self.apart and not self._idle_for(shape):
+                helpless = True
             elif wait_s > most:
                 victim, most = worker, wait_s
         if victim is not None:
@@ -651,6 +763,8 @@ class Scheduler:
             victim.asked_s = now
             self.wake_by(now + SILENT_S)
             self._out.append(TakeBack(victim.client, len(victim.in_flight) // 2))
+        elif helpless and not self.starting:
+            self.start_worker()
 
     # ------------------------------------------------------------ for tests
 

@@ -15,7 +15,8 @@ start the environment's Python: it is a fork of the zygote that puts the environ
 (worker_environment.py).
 
 The lock is held by the kernel for a file that pip inherits: should its worker be killed, nobody touches
-the half-made environment before pip has ended as well; then it is made anew.
+the half-made environment before pip has ended as well; then it is made anew.  pip ends with whoever installs, however
+that one ends, and so do the builds that it has started: a guard (`_GUARD`) is the first of their process group.
 """
 
 from __future__ import annotations
@@ -42,6 +43,25 @@ FAILURE_KEPT_S = 30
 """Others that want the same meanwhile are told the same, and do not try again."""
 LAST_LINES = 12
 """So many of pip's go into the error."""
+_GUARD = """
+import os, signal, sys
+def end(*_):
+    os.killpg(0, signal.SIGKILL)
+signal.signal(signal.SIGTERM, end)
+try:
+    import ctypes
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
+except (ImportError, AttributeError, OSError):
+    pass  # Not Linux.
+if os.getppid() != int(sys.argv[1]):
+    end()  # It has died before the line above.
+_, status = os.waitpid(os.spawnv(os.P_NOWAIT, sys.argv[2], sys.argv[2:]), 0)
+code = os.waitstatus_to_exitcode(status)
+os._exit(code if code >= 0 else 128 - code)
+"""
+"""Runs a command, and kills it and its process group when the thread that wants it ends: that one waits for it.
+
+A program of its own, because nothing but exec is safe between a fork and an exec where other threads are."""
 
 
 def prepared(pip: Mapping[str, Any], session_path: str, store: str, timeout_s: float | None) -> tuple[str, int]:
@@ -170,8 +190,9 @@ def _run(
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONHOME", "PYTHONPATH")}
     with open(log, "wb") as file:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, pass_fds=[lock],
-            cwd=os.path.dirname(log), env=environment, start_new_session=True,
+            [command[0], "-I", "-S", "-c", _GUARD, str(os.getpid()), *command], stdin=subprocess.DEVNULL, stdout=file,
+            stderr=subprocess.STDOUT, pass_fds=[lock], cwd=os.path.dirname(log), env=environment,
+            start_new_session=True,
         )  # fmt: skip
         try:
             status = process.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from minray import ids
 from minray.messages import (
-    DRIVER, Command, Event, ExitWorker, FunctionExported, RunTasks, SetUpEnvironment, StartWorker, TasksFinished,
+    DRIVER, Command, Event, ExitWorker, FunctionExported, RunTasks, SetUpEnvironment, StartWorker, TakeBack, TasksFinished,
     TasksReturned, TasksSubmitted, TemplateDefined, Ticked, WorkerDied, WorkerStarted,
 )  # fmt: skip
 from minray.node import Node
@@ -28,6 +30,7 @@ class World:
         self.made = 0
         self.set_up: dict[int, str] = {}
         self.ended: list[int] = []
+        self.asked: list[int] = []  # to give tasks back
         self.handed(self.node.start_workers(workers))
         self.handle(FunctionExported(DRIVER, F, b"code", "f", "m", None))
         plain = TaskOptions(TASK, F, "f", resources=(("CPU", UNIT),))
@@ -46,6 +49,8 @@ class World:
                 self.set_up[command.client] = command.runtime_env
             elif isinstance(command, ExitWorker):
                 self.ended.append(command.client)
+            elif isinstance(command, TakeBack):
+                self.asked.append(command.client)
         return commands
 
     def submit(self, *numbers: int) -> list[tuple[int, bytes]]:
@@ -55,6 +60,13 @@ class World:
             self.made += 1
             specs.append(TaskSpec(ids.pack_id(ids.children_prefix(ROOT), self.made, 0), number))
         return self.handed(self.handle(TasksSubmitted(DRIVER, ROOT, specs)))
+
+    def task(self) -> bytes:
+        """The one that was submitted last."""
+        return ids.pack_id(ids.children_prefix(ROOT), self.made, 0)
+
+    def flight(self, worker: int) -> list[bytes]:
+        return list(self.node.scheduler.workers[worker].in_flight)
 
     def handed(self, commands: list[Command]) -> list[tuple[int, bytes]]:
         found = [(c.client, task[0]) for c in commands if isinstance(c, RunTasks) for task in c.tasks]
@@ -101,6 +113,42 @@ def test_tasks_of_one_environment_are_prefetched_and_taken_back_as_others_are() 
     assert sorted(worker for worker, _ in handed) == [1, 1, 2, 2] and world.set_up == {1: RED, 2: RED}
     second = [task for worker, task in handed if worker == 2]
     assert world.handed(world.handle(TasksReturned(2, second[1:]))) == [(2, second[1])]
+
+
+@pytest.mark.parametrize("other", [PLAIN_NO, BLUE_NO])
+def test_a_worker_is_not_asked_for_tasks_that_no_idle_one_may_run_another_is_started(other: int) -> None:
+    world = World(workers=2, cpus=2)
+    ((red, long),) = world.submit(RED_NO)
+    ((idle, short),) = world.submit(other)
+    assert world.submit(RED_NO) == [(red, behind := world.task())], "both CPUs are in use"
+    assert world.finish(idle, short) == []
+    assert world.idle == [idle, 3] and world.asked == [red], "worker 3 was started, and then somebody could take it"
+    assert world.handed(world.handle(TasksReturned(red, [behind]))) == [(3, behind)]
+    assert world.finish(3, behind) == world.finish(red, long) == []
+    assert len(world.node.scheduler.workers) == 3 and world.asked == [red]
+
+
+def test_tasks_behind_a_long_one_are_taken_back_for_one_of_their_own_rather_than_for_a_new_one() -> None:
+    world = World(workers=3, cpus=3)
+    ((red, _),) = world.submit(RED_NO)
+    ((blue, _),) = world.submit(BLUE_NO)
+    ((idle, short),) = world.submit(BLUE_NO)
+    world.submit(RED_NO)
+    ((_, behind),) = world.submit(BLUE_NO)
+    holder = next(w.client for w in world.node.scheduler.workers.values() if behind in w.in_flight)
+    world.finish(idle if holder == blue else blue, short if holder == blue else next(iter(world.flight(blue))))
+    assert world.asked == [holder] and len(world.node.scheduler.workers) == 3, "not the red one, and nobody is started"
+    assert red != holder
+
+
+def test_when_the_worker_whose_calls_are_spent_was_the_only_idle_one_another_is_started() -> None:
+    world = World(workers=2, cpus=2)
+    ((busy, _),) = world.submit(PLAIN_NO)
+    assert world.run(TWICE_NO) != busy
+    ((other, last),) = world.submit(TWICE_NO)
+    world.submit(PLAIN_NO)
+    world.finish(other, last)
+    assert world.idle == [other, 3] and world.asked == [busy]
 
 
 def test_more_idle_workers_than_a_few_end_at_once_the_oldest_first() -> None:

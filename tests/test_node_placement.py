@@ -142,6 +142,24 @@ def test_a_group_comes_before_the_tasks_that_wait_with_it() -> None:
     assert to_run(world.remove(P)) == [(1, [T2])]
 
 
+def test_a_group_is_placed_though_a_queue_never_empties() -> None:
+    world = Groups(cpus=2, workers=2)
+    tasks = [ids.pack_id(ids.children_prefix(ROOT), 100 + number, 0) for number in range(400)]
+    submitted = iter(tasks)
+    world.submit(*itertools.islice(submitted, 10))
+    world.request(P, {"CPU": 2})
+    asked_s = world.now
+    while world.group_state(P) == PENDING and world.now < asked_s + 2:
+        world.now += 0.01
+        for number, worker in world.node.scheduler.workers.items():
+            if worker.in_flight:
+                world.finish(number, next(iter(worker.in_flight)))
+                world.submit(next(submitted))
+    assert world.group_state(P) == CREATED, "it has its turn as queues have"
+    assert to_run(world.remove(P)), "and then the others go on"
+    assert not world.node.scheduler.claims
+
+
 def test_who_waits_long_for_a_group_is_told_once() -> None:
     world = Groups(cpus=1)
     world.submit(T1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -15,12 +16,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import within
 
 import minray
 from minray import api, snapshots
 from minray.exceptions import RuntimeEnvSetupError
 from minray.job_config import JobConfig
 from minray.runtime_env import RuntimeEnv, RuntimeEnvConfig, checked
+from minray.session import identify, is_alive
 
 
 @minray.remote
@@ -497,6 +500,69 @@ def test_an_installation_ends_with_its_time(session):
     env = {**offline("no_such_package_either"), "config": {"setup_timeout_seconds": 0.01}}
     with pytest.raises(RuntimeEnvSetupError, match=r"had not ended when 0.01 s were over .*setup_timeout_seconds"):
         minray.get(pid.options(runtime_env=env).remote())
+
+
+SLOW = """
+import os, time, zipfile
+
+def build_wheel(directory, *_):
+    if not os.path.exists(NOTE):
+        with open(NOTE + ".new", "w") as file:
+            print(os.getpid(), os.getppid(), os.getpgid(0), file=file)
+        os.rename(NOTE + ".new", NOTE)
+        time.sleep(600)
+    with zipfile.ZipFile(os.path.join(directory, "slow-1-py3-none-any.whl"), "w") as wheel:
+        wheel.writestr("slow_one.py", "HERE = True")
+        wheel.writestr("slow-1.dist-info/METADATA", "Metadata-Version: 2.1\\nName: slow\\nVersion: 1\\n")
+        wheel.writestr("slow-1.dist-info/WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+        wheel.writestr("slow-1.dist-info/RECORD", "")
+    return "slow-1-py3-none-any.whl"
+"""
+
+
+def slow_to_build(tmp_path):
+    """A project whose first build takes ten minutes; and where it writes its own pid, that of pip, and their group."""
+    project, note = tmp_path / "slow", tmp_path / "pids"
+    project.mkdir()
+    backend = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    (project / "pyproject.toml").write_text(backend + '[project]\nname = "slow"\nversion = "1"\n')
+    (project / "backend.py").write_text(f"NOTE = {str(note)!r}\n{SLOW}")
+    return str(project), note
+
+
+def pids_in(note):
+    deadline = time.monotonic() + within(60)
+    while not note.exists():
+        assert time.monotonic() < deadline, "pip does not build it"
+        time.sleep(0.01)
+    return [int(number) for number in note.read_text().split()]
+
+
+def await_the_end_of(pids):
+    deadline = time.monotonic() + within(2)
+    while alive := [number for number in pids if is_alive(identify(number))]:
+        assert time.monotonic() < deadline, f"{alive} of {pids} live on"
+        time.sleep(0.01)
+
+
+def test_pip_and_its_builds_end_with_their_worker_and_the_next_one_makes_the_environment_anew(tmp_path):
+    project, note = slow_to_build(tmp_path)
+    with minray.init(num_cpus=1):
+        ref = imported.options(runtime_env=offline(project)).remote("slow_one", "HERE")
+        pids = pids_in(note)
+        (worker,) = {row[1] for row in minray.api._query("workers") if row[2]}
+        os.kill(worker, signal.SIGKILL)
+        await_the_end_of([worker, *pids])
+        assert minray.get(ref, timeout=within(60)) is True
+
+
+def test_pip_and_its_builds_end_with_the_driver_that_installs_for_its_job(tmp_path):
+    project, note = slow_to_build(tmp_path)
+    code = f"import minray; minray.init(num_cpus=1, runtime_env={offline(project)!r})"
+    with subprocess.Popen([sys.executable, "-c", code]) as driver:
+        pids = pids_in(note)
+        driver.kill()
+    await_the_end_of(pids)
 
 
 def test_another_version_of_what_minray_needs_itself_is_refused(session, tmp_path):
