@@ -435,6 +435,9 @@ class Raylet:
             if type(command) is DefineTemplate:
                 fields = (command.template_no, tuple(command.options))
             messages.append((type(command).__name__, *fields))
+        if self.flush_each and any(message[0] == "Reply" for messages in outgoing.values() for message in messages):
+            self._flush(clock.now())  # A task that gets a value may kill the driver, too.
+            self._push()
         for client, messages in outgoing.items():
             channel = self._channels.get(client)
             if channel is not None:

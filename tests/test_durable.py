@@ -17,6 +17,7 @@ from test_gcs import a_small_disk
 
 import minray
 from minray import job_storage, state, story
+from minray.channel import Channel
 from minray.exceptions import ObjectStoreFullError, OutOfDiskError
 
 SCRIPT = """
@@ -185,6 +186,36 @@ def test_inserted_calls_and_moved_lines_rerun_nothing_else(script):
     assert sorted(script.ran()) == ["leaf 7", "load 3"]
     assert after.stdout.split("\n", 1)[1] == before
     assert f"reused {TASKS - 15} results, ran 2 tasks" in after.stderr, "a known parent's children are not asked for"
+
+
+def test_what_a_task_gets_has_left_for_the_storage_before(tmp_path, monkeypatch):
+    """As what the driver gets: whoever has seen a result can rely on it."""
+    happened = []
+
+    def record(rows):
+        happened.extend(row[7] for row in rows.get("results", ()))
+        usual_record(rows)
+
+    def send(channel, data):
+        happened.extend(["reply"] * bytes(data).count(b"Reply"))
+        usual_send(channel, data)
+
+    @minray.remote
+    def child():
+        return 7
+
+    @minray.remote
+    def parent():
+        return minray.get(child.remote())
+
+    with minray.init(num_cpus=2, job="order", storage=tmp_path / "jobs.sqlite"):
+        raylet = minray.api.core().raylet
+        usual_record, usual_send = raylet.record, Channel.send
+        monkeypatch.setattr(raylet, "record", record)
+        monkeypatch.setattr(Channel, "send", send)
+        assert minray.get(parent.remote()) == 7
+        names = [one.rpartition(".")[2] for one in happened]
+        assert names.index("child") < names.index("reply"), names
 
 
 def test_a_parent_that_was_killed_finds_its_children_finished(tmp_path, run_driver):
