@@ -124,7 +124,7 @@ class Driver(CoreWorker):
                 session_id=self.job_id[:8],
                 labels=labels,
             )
-            self.node.lineage.arena.allocate(BLACK_BOX_BYTES)
+            self.node.set_aside(BLACK_BOX_BYTES)
             self._printer = OutputPrinter(self._log_of)
             self._pending_lines: list[tuple[str, str]] = []
             self._printing = False  # lines are pending, or repeated ones are being counted

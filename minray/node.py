@@ -147,6 +147,12 @@ class Node(NodeWorkers):
         self.wire.clear()
         return commands
 
+    def set_aside(self, size_bytes: int) -> None:
+        """The first block of the memory is the shell's own."""
+        block = self.lineage.arena.allocate(size_bytes)
+        assert block is not None and not block.offset, "something else was there before"
+        self._retired.append(block.offset)
+
     def could_start(self, spec: TaskSpec) -> bool:
         """Whether somebody may be idle who would run this at once.  A hint, read without the lock."""
         if spec.actor_id is None:

@@ -53,7 +53,7 @@ class NodeTables(ABC):
     _spill_path: Callable[[bytes], str]
     _files_made: int
     _grants: dict[tuple[int, bytes], tuple[Any, ...]]  # room given for objects not yet there: the answers
-    _retired: list[int]  # where the arena has no memory behind it
+    _retired: list[int]  # blocks that are no object's, ever: the shell's own; where the arena has no memory behind it
     _leaving: dict[int, WorkerRecord]  # forgotten, but their processes may still touch the arena
     _pumps: dict[bytes, Actor]  # actors that may have calls to send
     _start_failures: int  # in a row

@@ -8,6 +8,9 @@ gone, and what other runs on this machine do is not taken for it.
 a wider fixture holds (see `module_session`) may go on and may start workers meanwhile: what
 belongs to it is not counted until the module ends.
 
+Before a session ends, and after each test that has used a wider fixture's, its node is looked at: what must hold
+between events (`Node.check`).
+
     session         a fresh session of two CPUs for one test
     module_session  the same for all tests of a module, where their number makes that worth while
     gate            where a task waits until the test lets it go on
@@ -31,6 +34,7 @@ import pytest
 
 import minray
 from minray import api
+from minray.driver import Driver
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = f"MINRAY_TEST_RUN={uuid.uuid4().hex}"
@@ -265,6 +269,32 @@ class Inventory:
         return left
 
 
+TOO_MUCH_TO_CHECK = 20_000
+"""Tasks and objects: `Node.check` looks at all of them, which in most tests takes well under a millisecond."""
+
+
+def check_node(core):
+    """What must hold at a node between events must hold whatever a test has done to its session."""
+    with core.raylet.lock:
+        if len(core.node.lineage.tasks) + len(core.node.objects) <= TOO_MUCH_TO_CHECK:
+            core.node.check()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nodes_are_checked_before_their_sessions_end():
+    close = Driver.close
+
+    def check_and_close(core):
+        try:
+            check_node(core)
+        finally:
+            close(core)
+
+    Driver.close = check_and_close
+    yield
+    Driver.close = close
+
+
 def check(before, where):
     started = time.monotonic()
     left = before.leaks()
@@ -298,4 +328,6 @@ def nothing_is_left_of_the_module():
 def nothing_is_left(nothing_is_left_of_the_module):
     before = Inventory()
     yield
+    if type(api._core) is Driver:  # A wider fixture's.
+        check_node(api._core)
     check(before, "the test")

@@ -8,6 +8,7 @@ import types
 import weakref
 
 import pytest
+from conftest import check_node
 
 import minray
 from minray import api, core_worker, ids
@@ -262,3 +263,14 @@ def test_wake_is_heard_although_others_wake_at_the_same_time(session):
     while raylet._awake and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not raylet._awake
+
+
+def test_what_does_not_add_up_at_the_node_of_a_real_session_fails_the_test_that_ends_it():
+    minray.init(num_cpus=1)
+    core = api._core
+    assert minray.get(minray.remote(len).remote("abc")) == 3
+    check_node(core)
+    core.node.scheduler.available["CPU"] += 1
+    with pytest.raises(AssertionError, match="CPU: 10001 free"):
+        minray.shutdown()
+    assert not minray.is_initialized()
