@@ -273,7 +273,7 @@ class Scheduler:
         self.workers: dict[int, WorkerRecord] = {}
         self.idle: dict[int, WorkerRecord] = {}  # the last to go idle is last
         self.starting = 0
-        self.pool_size = max(1, resources.get("CPU", 0) // UNIT)
+        self.workers_for_cpus = max(1, resources.get("CPU", 0) // UNIT)  # one each, and at least one
         self.wake_at: float | None = None  # wants a Ticked event by then
         self._workers_made = 0
         self._out = out
@@ -282,7 +282,7 @@ class Scheduler:
     @property
     def many(self) -> int:
         """More processes of one shape than this are too many, if the CPUs do not say how many there may be."""
-        return max(8, 4 * self.pool_size)
+        return max(8, 4 * self.workers_for_cpus)
 
     # ------------------------------------------------------------ tasks
 
@@ -492,12 +492,12 @@ class Scheduler:
     def _now_idle(self, worker: WorkerRecord, now: float) -> None:
         worker.idle_since = now
         self.idle[worker.client] = worker
-        if len(self.idle) > self.pool_size:
+        if len(self.idle) > self.workers_for_cpus:
             self.wake_by(now if self._too_many() > 0 else now + IDLE_WORKER_S)
 
     def _too_many(self) -> int:
         """How many idle workers must not wait for their end: each environment would keep some otherwise."""
-        return len(self.idle) - 2 * self.pool_size - SPARE_WORKERS if self.apart else 0
+        return len(self.idle) - 2 * self.workers_for_cpus - SPARE_WORKERS if self.apart else 0
 
     def may_start(self, shape: Shape | None) -> bool:
         """Whether somebody idle could run its tasks.  A hint, for another thread."""
@@ -520,7 +520,7 @@ class Scheduler:
         for name, amount in resources:
             pool.total[name] = pool.total.get(name, 0) + amount
             pool.available[name] = pool.available.get(name, 0) + amount
-        self.pool_size = max(1, pool.total.get("CPU", 0) // UNIT)
+        self.workers_for_cpus = max(1, pool.total.get("CPU", 0) // UNIT)
         for gpu in range(len(pool.gpus), pool.total.get("GPU", 0) // UNIT):
             pool.gpus[gpu] = UNIT
 
@@ -678,7 +678,7 @@ class Scheduler:
         """Workers that have been idle and too many for long enough; look again whether a prefetched task is stuck."""
         self.wake_at = None
         ending = [worker for worker in self.idle.values() if worker.environment == SPENT] if self.apart else []
-        surplus = len(self.idle) - self.pool_size
+        surplus = len(self.idle) - self.workers_for_cpus
         too_many = self._too_many()
         for position, worker in enumerate(list(self.idle.values())[: max(0, surplus)]):
             if worker.environment == SPENT:
