@@ -632,12 +632,8 @@ class GivenTasks(SharedObjects):
         for request in neighbour.awaits.values():
             request.remaining = 0
         neighbour.awaits.clear()
-        for object_id in list(neighbour.held):
-            self.lineage.release(object_id)
-        neighbour.held.clear()
-        for object_id in list(neighbour.pins):
-            for _ in range(neighbour.pins.pop(object_id)):
-                self.lineage.unpin(object_id)
+        self._release_held(neighbour)
+        self._release_pins(neighbour)
 
     def _strike_off_node(self, neighbour: Neighbour) -> list[tuple[ObjectEntry, bool, bool]]:
         """All that it kept for us or had a copy of: each with whether it kept it, and whether it was available."""
