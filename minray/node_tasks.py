@@ -411,13 +411,17 @@ class NodeTasks(NodeObjects):
             self._pumps[worker.actor.actor_id] = worker.actor
 
     def _unstarted(self, worker: WorkerRecord, task: Task) -> None:
-        task.attempt -= 1
         for object_id in task.spec.deps:
             if object_id in worker.pins:
                 self._unpin(worker, object_id)
+        task.worker = None
+        task.started_s = 0.0  # Perhaps it was taken to be running: see take_rows.
+        self._handed_back(task)
+
+    def _handed_back(self, task: Task) -> None:
+        """A worker had it in hand and does not run it: as if it had never been there.  It ends if it was cancelled."""
+        task.attempt -= 1
         if task.cancelled:
-            task.worker = None
-            task.started_s = 0.0  # Perhaps it was taken to be running: see take_rows.
             self._fail_cancelled(task)
         else:
             self._run_again(task)
