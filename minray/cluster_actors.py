@@ -35,8 +35,7 @@ from minray.policy import Site
 from minray.scheduler import Client, Shape, WorkerRecord
 from minray.task_spec import (
     ERROR, FAILED, FINISHED, OK, PENDING_ARGS_AVAIL, PENDING_NODE_ASSIGNMENT, RETRYABLE_ERROR, SUBMITTED_TO_WORKER,
-    ActorOptions,
-    TaskSpec,
+    ActorOptions, TaskSpec,
 )  # fmt: skip
 
 

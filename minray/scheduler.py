@@ -28,7 +28,7 @@ not know objects or arguments: a task comes here once its dependencies are ready
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -155,6 +155,14 @@ class Bundle(Pool):
 
     def fits(self, shape: Shape) -> bool:
         return self.placed and super().fits(shape)
+
+
+def in_all(bundles: Iterable[Bundle]) -> Counter[str]:
+    """What they have together."""
+    amounts = Counter[str]()
+    for bundle in bundles:
+        amounts.update(bundle.total)
+    return amounts
 
 
 class Shape:
@@ -617,9 +625,7 @@ class Scheduler:
     def reserve(self, bundles: Sequence[Bundle]) -> bool:
         """Take all of them out of the node's pool, or none: whether there was enough."""
         gpus = _divided(self.pool.gpus, bundles)
-        wanted = Counter[str]()
-        for bundle in bundles:
-            wanted.update(bundle.total)
+        wanted = in_all(bundles)
         if gpus is None or any(self.available.get(name, 0) < amount for name, amount in wanted.items()):
             return False
         for name, amount in wanted.items():
@@ -635,10 +641,7 @@ class Scheduler:
 
     def could_ever_reserve(self, bundles: Sequence[Bundle]) -> bool:
         """Whether an empty node has all of it."""
-        wanted = Counter[str]()
-        for bundle in bundles:
-            wanted.update(bundle.total)
-        enough = all(self.total.get(name, 0) >= amount for name, amount in wanted.items())
+        enough = all(self.total.get(name, 0) >= amount for name, amount in in_all(bundles).items())
         return enough and _divided(dict.fromkeys(self.pool.gpus, UNIT), bundles) is not None
 
     def give_back(self, bundles: Sequence[Bundle]) -> None:
