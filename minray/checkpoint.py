@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import copyreg
 from collections.abc import Callable
-from contextlib import suppress
 from time import monotonic
 from typing import Any
 
 from minray.exceptions import CheckpointError
-from minray.serialization import PROTOCOL, Serialized, deserialize, serialize, substituted
+from minray.serialization import PROTOCOL, Serialized, deserialize, in_words, serialize, substituted
 from minray.task_spec import TaskOptions
 
 SAVE, LOAD = "save_checkpoint", "load_checkpoint"
@@ -124,8 +123,6 @@ class Checkpoints:
 
 
 def _said(error: BaseException) -> str:
-    text = ""
-    with suppress(Exception):  # Its class may do as it likes.
-        text = str(error)
-    kind = type(error).__name__
-    return text if isinstance(error, TypeError) and "cannot be pickled" in text else f"{kind}: {text}" if text else kind
+    """What serialize() says of a part that cannot be pickled is said as it is."""
+    text = in_words(error)
+    return text.removeprefix("TypeError: ") if type(error) is TypeError and "cannot be pickled" in text else text

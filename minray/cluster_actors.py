@@ -35,8 +35,7 @@ from minray.policy import Site
 from minray.scheduler import Client, Shape, WorkerRecord
 from minray.task_spec import (
     ERROR, FAILED, FINISHED, OK, PENDING_ARGS_AVAIL, PENDING_NODE_ASSIGNMENT, RETRYABLE_ERROR, SUBMITTED_TO_WORKER,
-    ActorOptions,
-    TaskSpec,
+    ActorOptions, TaskSpec,
 )  # fmt: skip
 
 
@@ -144,6 +143,12 @@ class DistributedActors(GivenTasks):
 
     def _which(self, worker: WorkerRecord) -> str:
         return "" if type(worker) is Seat else super()._which(worker)  # Whoever told of its end has said where it was.
+
+    def _its_log(self, worker: WorkerRecord) -> str:
+        return "the logs of its node" if type(worker) is Seat else super()._its_log(worker)
+
+    def _where_it_ran(self, worker: WorkerRecord) -> str:
+        return f"node {-worker.client}" if worker.client < 0 else super()._where_it_ran(worker)
 
     def _call_lost(self, task: Task, neighbour: Neighbour, reason: str) -> None:
         """Its actor's home was the node that died: the actor died with it."""

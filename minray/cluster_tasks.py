@@ -496,7 +496,7 @@ class GivenTasks(SharedObjects):
             task.started_s, task.finished_s = started_s, finished_s
             if status == OK:
                 if started_s:
-                    self._learn_duration(task.template, finished_s - started_s)
+                    task.template.learn(finished_s - started_s)
                 if task.template.options.kind == ACTOR_CREATION:
                     actor = self.actors.actors.get(task_id)
                     if actor is not None and actor.task is task:
@@ -528,11 +528,6 @@ class GivenTasks(SharedObjects):
             if task.children is not None:
                 self.lineage.forget_children(task)
             self._tell_giver(task)
-
-    def _learn_duration(self, template: Template, took_s: float) -> None:
-        mean_s = template.mean_s
-        template.mean_s = took_s if mean_s is None else mean_s + 0.1 * (took_s - mean_s)
-        template.max_s = took_s if took_s > template.max_s else template.max_s * 0.99 + took_s * 0.01
 
     def _take_return(self, client: int, task: Task, index: int, value: tuple[Any, int, tuple[bytes, ...]]) -> None:
         data, size, nested = value
@@ -637,12 +632,8 @@ class GivenTasks(SharedObjects):
         for request in neighbour.awaits.values():
             request.remaining = 0
         neighbour.awaits.clear()
-        for object_id in list(neighbour.held):
-            self.lineage.release(object_id)
-        neighbour.held.clear()
-        for object_id in list(neighbour.pins):
-            for _ in range(neighbour.pins.pop(object_id)):
-                self.lineage.unpin(object_id)
+        self._release_held(neighbour)
+        self._release_pins(neighbour)
 
     def _strike_off_node(self, neighbour: Neighbour) -> list[tuple[ObjectEntry, bool, bool]]:
         """All that it kept for us or had a copy of: each with whether it kept it, and whether it was available."""

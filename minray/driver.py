@@ -137,7 +137,7 @@ class Driver(CoreWorker):
             self.raylet.flush_each = self.job is not None
             self.loop = Loop(self._poll, self.raylet.wake, "minray-loop")
             self.connect()
-            self.raylet.start(self.node.scheduler.pool_size)
+            self.raylet.start(self.node.scheduler.workers_for_cpus)
             with self.raylet.lock:
                 self.raylet.record(self._first_rows(resources))
             self.loop.start()

@@ -308,9 +308,9 @@ def make_argument_error(error: BaseException, function_name: str) -> BaseExcepti
     if not isinstance(error, RayError):
         return error
     own = vars(error)
-    story = own["traceback_str"] if isinstance(error, RayTaskError) else str(error)
+    said = own["traceback_str"] if isinstance(error, RayTaskError) else str(error)
     # Of a chain of such tasks only the last and the first are told: chains can be long.
-    text = f"{name_prefix}::{function_name}{_NOT_RUN}{story.rpartition(_NOT_RUN)[2]}"
+    text = f"{name_prefix}::{function_name}{_NOT_RUN}{said.rpartition(_NOT_RUN)[2]}"
     if not isinstance(error, RayTaskError):
         return type(error)(text, **own)
     return RayTaskError(function_name, text, own["cause"], None, own["pid"], own["ip"]).as_instanceof_cause()
@@ -326,9 +326,9 @@ _OWN_PREFIX = re.compile(r"^minray\.exceptions\.RayTaskError(\(.*?\))?: (?=(?:mi
 def user_traceback(error: BaseException) -> str:
     """The traceback without minray's own frames; causes, contexts, groups and notes included."""
     try:
-        story = traceback.TracebackException(type(error), error, error.__traceback__)
-        _drop_own_frames(story)
-        text = _OWN_PREFIX.sub("", "".join(story.format()).rstrip("\n"))
+        told = traceback.TracebackException(type(error), error, error.__traceback__)
+        _drop_own_frames(told)
+        text = _OWN_PREFIX.sub("", "".join(told.format()).rstrip("\n"))
     except Exception as failure:  # Its class may do as it likes in __str__, __getattr__, ...
         text = f"{type(error).__qualname__} (its traceback cannot be shown: {type(failure).__name__})"
     text = text.removeprefix(_HEAD)
@@ -338,8 +338,8 @@ def user_traceback(error: BaseException) -> str:
     return text
 
 
-def _drop_own_frames(story: traceback.TracebackException) -> None:
-    pending = [story]
+def _drop_own_frames(told: traceback.TracebackException) -> None:
+    pending = [told]
     for one in pending:  # Not by recursion: chains of thousands exist.
         one.stack[:] = [frame for frame in one.stack if not frame.filename.startswith(_OWN_FILES)]
         related = (one.__cause__, one.__context__, *(getattr(one, "exceptions", None) or ()))

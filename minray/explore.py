@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from minray import api, ids
+from minray.serialization import in_words
 from minray.stage import Candidate, Strand
 from minray.task_spec import (
     ACTOR_CREATION, ACTOR_EXITED, ACTOR_METHOD, CANCELLED, OK, RETRYABLE_ERROR, TaskOptions, TaskSpec,
@@ -246,9 +247,9 @@ class _Run:
         shown = lines[-LONGEST_SCHEDULE:]
         if len(shown) < len(lines):
             shown.insert(0, f"      ({len(lines) - len(shown):,} lines before)")
-        said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         failed = ExplorationFailed(
-            f"the program fails when it runs in the order of seed {self.seed} (run {number} of {of}): {said}\n\n"
+            f"the program fails when it runs in the order of seed {self.seed} (run {number} of {of}): "
+            f"{in_words(error)}\n\n"
             + "\n".join(shown)
             + f"\n\nTo repeat exactly this: explore(..., seeds=[{self.seed}]), or {SEED_VARIABLE}={self.seed} in the "
             "environment."

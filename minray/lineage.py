@@ -70,6 +70,12 @@ class Template:
         self.num_kept = options.num_returns if not options.streaming else 1
         self.minds_freeing = options.kind == ACTOR_CREATION or options.streaming != 0  # somebody wants to know of it
 
+    def learn(self, took_s: float) -> None:
+        """That a run took so long.  The hot path has the same three lines: see NodeTasks.handle_tasks_finished."""
+        mean_s = self.mean_s
+        self.mean_s = took_s if mean_s is None else mean_s + 0.1 * (took_s - mean_s)
+        self.max_s = took_s if took_s > self.max_s else self.max_s * 0.99 + took_s * 0.01
+
 
 class Task:
     """An execution of a spec, over all its attempts.  The scheduler alone changes `state` and `worker`."""

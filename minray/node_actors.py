@@ -200,13 +200,12 @@ class NodeActors(NodeExact):
         for position, task in reversed(list(enumerate(calls))):
             if task is actor.task:
                 continue
-            had_begun = position < begun
-            if not had_begun:
-                task.attempt -= 1
-            if task.cancelled:
+            if position >= begun:
+                self._handed_back(task)
+            elif task.cancelled:
                 self._fail_cancelled(task)
-            elif not had_begun or (recovery is not None and task.spec.task_id != running):
-                # With recovery, one that had ended without an answer is no part of the state that is made again.
+            elif recovery is not None and task.spec.task_id != running:
+                # It had ended without an answer, and is no part of the state that is made again.
                 self._run_again(task)
             else:
                 self._call_interrupted(task, actor, why, hint)

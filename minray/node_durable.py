@@ -71,8 +71,8 @@ class Known(NamedTuple):
     checkpoints: dict[bytes, tuple[bytes, bytes]]  # by the origin of the last call in it: its own, and its actor's
 
 
-class Story:
-    """The calls of an actor that are kept, in the one order in which they were executed."""
+class CallChain:
+    """An actor's calls that are kept, in the one order in which they were executed: each is found by the one before."""
 
     __slots__ = ("last", "dormant", "broken", "origins", "file")
 
@@ -112,7 +112,7 @@ class DurableNode(Node):
         self._swept = 1000  # how many of them there may be before those of no use are dropped
         self._siblings: dict[bytes, tuple[tuple[int, int], Counter[bytes]]] = {}  # by parent: which execution of it,
         # and how often that has submitted what
-        self._stories: dict[bytes, Story] = {}  # of actors whose calls are kept
+        self._chains: dict[bytes, CallChain] = {}  # of actors whose calls are kept
         self._woken: list[bytes] = []  # of the event in hand: actors that must live now
         self._recalled: dict[bytes, KeptResult] = {}  # of the event in hand, by task
         self._stored: set[bytes] = set(known.objects)  # origins of puts that have a row
@@ -188,8 +188,8 @@ class DurableNode(Node):
     def _sweep(self) -> None:
         if len(self._standings) > self._swept:
             tasks, objects, actors = self.lineage.tasks, self.objects, self.actors.actors
-            self._stories = {key: story for key, story in self._stories.items() if key in actors}
-            logged = {call_id for story in self._stories.values() for call_id in story.origins}
+            self._chains = {key: chain for key, chain in self._chains.items() if key in actors}
+            logged = {call_id for chain in self._chains.values() for call_id in chain.origins}
             self._standings = {
                 key: one
                 for key, one in self._standings.items()
@@ -287,7 +287,7 @@ class DurableNode(Node):
             self._note_call(task, kept)
         self._close(task, FINISHED)
         if task.spec.actor is not None:
-            self._stories[task.spec.task_id] = Story(kept.task_id, dormant=True)
+            self._chains[task.spec.task_id] = CallChain(kept.task_id, dormant=True)
 
     def _bring_back(self, object_id: bytes, origin: bytes, now: float) -> None:
         """An object that a kept value contains, with those that it contains itself; held once for the caller."""
@@ -337,18 +337,18 @@ class DurableNode(Node):
         """An actor's calls are known as long as they come in the order of the earlier run; at the first that is
         not, the actor is made, with the state after those that were."""
         actor_id = spec.actor_id or b""
-        actor, story = self.actors.actors.get(actor_id), self._stories.get(actor_id)
-        if actor is None or actor.state == DEAD or actor.recovery is None or story is None or not story.dormant:
+        actor, chain = self.actors.actors.get(actor_id), self._chains.get(actor_id)
+        if actor is None or actor.state == DEAD or actor.recovery is None or chain is None or not chain.dormant:
             return None
         if actor.recovery.has_executed(spec.task_id):
             return None
-        kept = self._known.calls.get(story.last) if standing.lasting else None
+        kept = self._known.calls.get(chain.last) if standing.lasting else None
         if kept is None or (kept.place, kept.version) != (standing.place, standing.version):
-            story.dormant = False
+            chain.dormant = False
             self._woken.append(actor_id)
             return None
-        del self._known.calls[story.last]
-        story.last = kept.task_id
+        del self._known.calls[chain.last]
+        chain.last = kept.task_id
         return kept
 
     def _call_submitted(self, task: Task, client: Client) -> None:
@@ -362,21 +362,21 @@ class DurableNode(Node):
     def _note_call(self, task: Task, kept: KeptResult) -> None:
         """The log of a dormant actor: what is to be executed when it must live, beyond the kept checkpoint."""
         actor = self.actors.actors[task.spec.actor_id or b""]
-        recovery, story = actor.recovery, self._stories[actor.actor_id]
+        recovery, chain = actor.recovery, self._chains[actor.actor_id]
         assert recovery is not None
         self._hold_all(task.spec.deps + task.spec.nested)
         recovery.log.append(task)
         recovery.note_executed(task.spec.task_id)
-        story.origins[task.spec.task_id] = kept.task_id
+        chain.origins[task.spec.task_id] = kept.task_id
         origin, actor_origin = self._known.checkpoints.get(kept.task_id, (b"", b""))
         if actor_origin and actor_origin == self._standing_of(actor.actor_id).origin:
             recovery.num_checkpoints = 1
             recovery.checkpoint = ids.checkpoint_id(actor.actor_id, recovery.num_checkpoints)
             self._bring_back(recovery.checkpoint, origin, self._now)
             data = self.objects[recovery.checkpoint].data
-            story.file = data if type(data) is str else ""
+            chain.file = data if type(data) is str else ""
             covered, recovery.log = recovery.log, []
-            story.origins.clear()
+            chain.origins.clear()
             for call in covered:
                 self._release_all(call.spec.deps + call.spec.nested)
 
@@ -389,42 +389,42 @@ class DurableNode(Node):
 
     def _handle_dropped(self, actor_id: bytes) -> None:
         super()._handle_dropped(actor_id)
-        actor, story = self.actors.actors.get(actor_id), self._stories.get(actor_id)
-        if actor is not None and story is not None and story.dormant and not actor.pending:
+        actor, chain = self.actors.actors.get(actor_id), self._chains.get(actor_id)
+        if actor is not None and chain is not None and chain.dormant and not actor.pending:
             self._bury(actor, "its last handle has gone", self._now)
 
     def _note_order(self, worker: WorkerRecord, task: Task, status: int) -> tuple[bytes, bytes] | None:
         """An actor's call was executed: (its actor's origin, that of the call before it), if it may be kept."""
         actor = worker.actor
-        story = self._stories.get(task.spec.actor_id or b"")
-        if actor is None or actor.recovery is None or story is None or status in (CANCELLED, ACTOR_EXITED):
+        chain = self._chains.get(task.spec.actor_id or b"")
+        if actor is None or actor.recovery is None or chain is None or status in (CANCELLED, ACTOR_EXITED):
             return None
         call_id = task.spec.task_id
-        story.origins[call_id] = call_id
-        after, story.last = story.last, call_id
-        story.broken = story.broken or status != OK or not self._standings[call_id].lasting
-        return None if story.broken else (self._standing_of(actor.actor_id).origin, after)
+        chain.origins[call_id] = call_id
+        after, chain.last = chain.last, call_id
+        chain.broken = chain.broken or status != OK or not self._standings[call_id].lasting
+        return None if chain.broken else (self._standing_of(actor.actor_id).origin, after)
 
     def handle_checkpoint_taken(self, event: CheckpointTaken, now: float) -> None:
         actor = self.scheduler.workers[event.client].actor
-        story = self._stories.get(actor.actor_id) if actor is not None else None
-        if actor is not None and actor.recovery is not None and story is not None and actor.recovery.applied:
+        chain = self._chains.get(actor.actor_id) if actor is not None else None
+        if actor is not None and actor.recovery is not None and chain is not None and actor.recovery.applied:
             last = actor.recovery.log[actor.recovery.applied - 1].spec.task_id
-            if not story.broken and self._can_keep([event.value]):
-                self._keep_checkpoint(actor, story, story.origins[last], event.value)
+            if not chain.broken and self._can_keep([event.value]):
+                self._keep_checkpoint(actor, chain, chain.origins[last], event.value)
             for call in actor.recovery.log[: actor.recovery.applied]:
-                story.origins.pop(call.spec.task_id, None)
+                chain.origins.pop(call.spec.task_id, None)
         super().handle_checkpoint_taken(event, now)
 
-    def _keep_checkpoint(self, actor: Actor, story: Story, after: bytes, value: Any) -> None:
+    def _keep_checkpoint(self, actor: Actor, chain: CallChain, after: bytes, value: Any) -> None:
         """One row an actor: a new checkpoint takes the place of the one before."""
         origin = self._standing_of(actor.actor_id).origin
         about = (f"checkpoint of {actor.options.class_name}", 1, None, None)
         rows: list[tuple[Any, ...]] = []
         self._keep_nested(value[2], rows)
         rows.append(self._kept_row(_hash(b"checkpoint", origin), b"", None, value, about, (origin, after)))
-        self._files.discard(story.file)
-        story.file = value[0] if type(value[0]) is str else ""
+        self._files.discard(chain.file)
+        chain.file = value[0] if type(value[0]) is str else ""
         self._emit(rows)
 
     # ------------------------------------------------------------ what finishes is kept
@@ -447,8 +447,8 @@ class DurableNode(Node):
 
     def _constructed(self, actor: Actor) -> None:
         standing = self._standing_of(actor.actor_id)
-        if standing.lasting and actor.recovery is not None and actor.actor_id not in self._stories:
-            self._stories[actor.actor_id] = Story(standing.origin, dormant=False)
+        if standing.lasting and actor.recovery is not None and actor.actor_id not in self._chains:
+            self._chains[actor.actor_id] = CallChain(standing.origin, dormant=False)
         super()._constructed(actor)
 
     def _close(self, task: Task, state: int) -> None:

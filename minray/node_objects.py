@@ -220,9 +220,7 @@ class NodeObjects(NodeTables):
         for request in worker.requests.values():
             request.remaining = 0
         worker.requests.clear()
-        for object_id in list(worker.held):
-            self.lineage.release(object_id)
-        worker.held.clear()
+        self._release_held(worker)
 
     def _release_memory(self, client: int, now: float) -> None:
         """The process has ended: it neither reads nor writes the arena any more."""
@@ -231,7 +229,15 @@ class NodeObjects(NodeTables):
             return
         for object_id in [object_id for number, object_id in self._grants if number == client]:
             self._revoke(client, object_id, now)
-        for object_id, count in list(worker.pins.items()):
+        self._release_pins(worker)
+
+    def _release_held(self, client: Client) -> None:
+        for object_id in list(client.held):
+            self.lineage.release(object_id)
+        client.held.clear()
+
+    def _release_pins(self, client: Client) -> None:
+        for object_id, count in list(client.pins.items()):
             for _ in range(count):
                 self.lineage.unpin(object_id)
-        worker.pins.clear()
+        client.pins.clear()

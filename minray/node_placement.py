@@ -32,7 +32,7 @@ from minray.messages import KillWorker, PlacementGroupRemoved, PlacementGroupReq
 from minray.node_actors import NodeActors
 from minray.node_tasks import amounts
 from minray.placement import NODE_ID, Room, in_words, meets, plan
-from minray.scheduler import STARVED_S, Bundle, Shape, WorkerRecord
+from minray.scheduler import STARVED_S, Bundle, Shape, WorkerRecord, in_all
 from minray.task_spec import (
     ACTOR_CREATION, CREATED, INFEASIBLE, PENDING, PLACEMENT_GROUP_STATES, REMOVED, UNIT, Resources, TaskOptions,
 )  # fmt: skip
@@ -133,10 +133,7 @@ class NodePlacement(NodeActors):
             for shape in group.shapes:
                 shape.pools = self._pools_of(group, shape.placement[1])  # type: ignore[misc]
                 self.scheduler.shapes[shape.key] = shape
-            wanted = Counter[str]()
-            for bundle in group.bundles:
-                wanted.update(bundle.total)
-            group.claim = Shape(tuple(wanted.items()), True, (self.scheduler.pool,))
+            group.claim = Shape(tuple(in_all(group.bundles).items()), True, (self.scheduler.pool,))
             self._waiting.setdefault(group.wants, {})[group.group_id] = group
 
     def _why_never_placed(self, group: Group) -> str:

@@ -42,11 +42,7 @@ class NodeRecovery(NodeTasks):
         task = worker.in_flight.pop(event.task_id, None)
         self._lose(event.object_id, event.data, event.reason, now)
         if task is not None:
-            task.attempt -= 1
-            if task.cancelled:
-                self._fail_cancelled(task)
-            else:
-                self._run_again(task)
+            self._handed_back(task)
         if not worker.in_flight:
             self.scheduler.finished_one(worker, now)
 

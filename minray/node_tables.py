@@ -101,16 +101,22 @@ class NodeTables(ABC):
         """The task will run again, and its row tells only of the last attempt: this one becomes part of the history."""
         self._mark(task)
         if task.started_s and task.worker is not None:
-            number, worker = task.attempt, f"worker-{task.worker.client} (pid {task.worker.pid})"
-            text = f"attempt {number} began to run on {worker}"
+            number = task.attempt
+            text = f"attempt {number} began to run on {self._where_it_ran(task.worker)}"
             self._event("attempt_started", task.spec.task_id, text, task.started_s)
             if task.state == FINISHED:
                 self._event("attempt_finished", task.spec.task_id, f"attempt {number} finished", task.finished_s)
 
+    def _where_it_ran(self, worker: WorkerRecord) -> str:
+        return f"worker-{worker.client} (pid {worker.pid})"
+
     def _where_to_look(self, worker: WorkerRecord, reason: str) -> str:
         """For whoever asks why the worker has ended: a line of an error message."""
         hint = "SIGKILL often means that the machine ran out of memory. " if "SIGKILL" in reason else ""
-        return f"{hint}The worker's output is in <session>/logs/worker-{worker.client}.log\n"
+        return f"{hint}The worker's output is in {self._its_log(worker)}\n"
+
+    def _its_log(self, worker: WorkerRecord) -> str:
+        return f"<session>/logs/worker-{worker.client}.log"
 
     def worker_id(self, client: int) -> bytes:
         return ids.pack_id(self.session_id, client, ids.WORKER)

@@ -72,25 +72,26 @@ class NodeTasks(NodeObjects):
         if template is None:
             template = self._template_of[options] = Template(len(self.templates), options, self._shape_of(options))
             self.templates.append(template)
-            function_no = self.functions[options.function_id][0] if options.function_id else None
-            resources = {name: amount / UNIT for name, amount in options.resources}
-            other: dict[str, Any] = {"method": options.method, "max_concurrency": options.max_concurrency}
-            if options.runtime_env:
-                other["runtime_env"] = json.loads(options.runtime_env)
-            if options.max_calls:
-                other["max_calls"] = options.max_calls
-            if options.streaming:
-                other.update(streaming=options.streaming, backpressure=options.backpressure)
-            if options.placement:
-                other["placement_group"], other["bundle"] = options.placement[0].hex(), options.placement[1]
-            self._row(
-                "options",
-                (
-                    template.no, function_no, options.name, options.kind, options.num_returns, json.dumps(resources),
-                    options.max_retries, json.dumps(other),
-                ),
-            )  # fmt: skip
+            self._row("options", self._options_row(template))
         self._client(event.client).templates[event.template_no] = template
+
+    def _options_row(self, template: Template) -> tuple[Any, ...]:
+        options = template.options
+        function_no = self.functions[options.function_id][0] if options.function_id else None
+        resources = {name: amount / UNIT for name, amount in options.resources}
+        other: dict[str, Any] = {"method": options.method, "max_concurrency": options.max_concurrency}
+        if options.runtime_env:
+            other["runtime_env"] = json.loads(options.runtime_env)
+        if options.max_calls:
+            other["max_calls"] = options.max_calls
+        if options.streaming:
+            other.update(streaming=options.streaming, backpressure=options.backpressure)
+        if options.placement:
+            other["placement_group"], other["bundle"] = options.placement[0].hex(), options.placement[1]
+        return (
+            template.no, function_no, options.name, options.kind, options.num_returns, json.dumps(resources),
+            options.max_retries, json.dumps(other),
+        )  # fmt: skip
 
     def handle_tasks_submitted(self, event: TasksSubmitted, now: float) -> None:
         client = self._client(event.client)
@@ -294,7 +295,7 @@ class NodeTasks(NodeObjects):
                 continue
             task.started_s, task.finished_s = started_s, finished_s
             template = task.template
-            took = finished_s - started_s
+            took = finished_s - started_s  # From here as Template.learn, which would be a call for each task.
             mean_s = template.mean_s
             template.mean_s = took if mean_s is None else mean_s + 0.1 * (took - mean_s)
             template.max_s = took if took > template.max_s else template.max_s * 0.99 + took * 0.01
@@ -410,13 +411,17 @@ class NodeTasks(NodeObjects):
             self._pumps[worker.actor.actor_id] = worker.actor
 
     def _unstarted(self, worker: WorkerRecord, task: Task) -> None:
-        task.attempt -= 1
         for object_id in task.spec.deps:
             if object_id in worker.pins:
                 self._unpin(worker, object_id)
+        task.worker = None
+        task.started_s = 0.0  # Perhaps it was taken to be running: see take_rows.
+        self._handed_back(task)
+
+    def _handed_back(self, task: Task) -> None:
+        """A worker had it in hand and does not run it: as if it had never been there.  It ends if it was cancelled."""
+        task.attempt -= 1
         if task.cancelled:
-            task.worker = None
-            task.started_s = 0.0  # Perhaps it was taken to be running: see take_rows.
             self._fail_cancelled(task)
         else:
             self._run_again(task)

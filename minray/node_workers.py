@@ -61,11 +61,7 @@ class NodeWorkers(NodePlacement):
                 had_begun = True
                 self._attempt_lost(task, worker, event.reason)
             else:
-                task.attempt -= 1
-                if task.cancelled:
-                    self._fail_cancelled(task)
-                else:
-                    self._run_again(task)
+                self._handed_back(task)
         if self._start_failures >= START_ATTEMPTS:
             self._start_failures = 0
             for task in self.scheduler.remove_all():

@@ -1,9 +1,11 @@
 """Placement policy: the choices that reasonable people make differently.
 
 The scheduler knows what is possible (resources, idle workers, queues); the policy says
-which of the possible things comes first.  It is asked once for a batch, never for a
-task, so it may be slow and clear.  Write your own, pass it to
-``minray.init(policy=...)``, and compare with ``minray timeline``.
+which of the possible things comes first.  On one node it is asked when queues are served, so once for many
+tasks if there are many, and may be slow and clear.  Between nodes it is asked of single ones, too: `place_actor` of
+each actor, `place` of each task whose arguments may have to be moved, and `keeps` of each that a node other than
+the head has of its own, so that one should be quick.  Write your own, pass it to ``minray.init(policy=...)``, and
+compare with ``minray timeline``.
 """
 
 from __future__ import annotations

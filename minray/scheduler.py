@@ -18,9 +18,9 @@ not know objects or arguments: a task comes here once its dependencies are ready
 * A worker belongs to the environment of the first task that it is given (most have none, which is one as well), and
   runs tasks of that environment only.  So an environment always begins in a fresh process.
 * No queue waits for ever because another one never empties: shapes take *turns* (docs/decisions/0025).  It is the turn
-  of a shape whose first task has stood still for a while: what it needs is kept for it, and workers that stand in its
-  way run dry.  The turn ends when it is given something, or when it has lasted as long as the wait before it; the next
-  one comes after as long again.
+  of a shape whose first task has stood still for a while: what it needs is kept for it, and workers that hold what it
+  lacks run dry.  The turn ends when that task is handed over, or when it has lasted as long as the wait before it; then
+  the others go on, and the shape is due again when it has stood still for twice as long.
 * A task that stands still in get() is helped by what waits in queues, not by more that stand still beside it.  Of a
   shape of which *many* do, little is begun as long as others wait, and in its own queue children come first.
 """
@@ -28,7 +28,7 @@ not know objects or arguments: a task comes here once its dependencies are ready
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -116,16 +116,16 @@ class Pool:
     def room_for(self, shape: Shape) -> int:
         return min(self.available.get(name, 0) // amount for name, amount in shape.resources)
 
-    def keeps_for(self, first: Shape, shape: Shape) -> bool:
-        """Whether a lease of `shape` would leave too little of something for `first`."""
-        wanted = dict(first.resources)
+    def would_lack(self, first: Shape, shape: Shape) -> bool:
+        """Whether `first` would lack something if one more worker of `shape` took its share of it."""
+        taken = dict(shape.resources)
         return any(
-            name in wanted and (name == "GPU" or self.available.get(name, 0) - amount < wanted[name])
-            for name, amount in shape.resources
+            name in taken and (name == "GPU" or self.available.get(name, 0) - taken[name] < amount)
+            for name, amount in first.resources
         )  # GPUs: what is left may be in pieces.
 
-    def lacks_for(self, first: Shape, shape: Shape) -> bool:
-        """Whether `first` waits for something that workers of `shape` hold."""
+    def lacks(self, first: Shape, shape: Shape) -> bool:
+        """Whether `first` lacks something of which workers of `shape` hold a share."""
         held = dict(shape.resources)
         return any(
             name in held and (self.available.get(name, 0) < amount or (name == "GPU" and not self.fits(first)))
@@ -157,6 +157,14 @@ class Bundle(Pool):
         return self.placed and super().fits(shape)
 
 
+def in_all(bundles: Iterable[Bundle]) -> Counter[str]:
+    """What they have together."""
+    amounts = Counter[str]()
+    for bundle in bundles:
+        amounts.update(bundle.total)
+    return amounts
+
+
 class Shape:
     """One set of demands and the queue of tasks that have them.
 
@@ -184,8 +192,8 @@ class Shape:
         self.starved = False  # its owner has been told that it waits for what actors hold
         # Only kept up to date while other queues wait, too:
         self.head = 0  # the number of its first task
-        self.since_s = 0.0  # since when that is the first
-        self.due_s = 0.0  # when it is its turn
+        self.since_s = 0.0  # since when that is the first: so long the queue stands still
+        self.due_s = 0.0  # from when on it may have the turn
 
     @property
     def waiting(self) -> int:
@@ -201,9 +209,10 @@ class Shape:
         return sum(1 for worker in self.leased.values() if worker.blocked)
 
     def put_children_first(self) -> None:
-        """What tasks have submitted comes before what the driver has, the newest first: they may stand still for it."""
+        """What tasks have submitted, the newest first, and then what the driver has: tasks that stand still mostly wait
+        for what tasks have submitted."""
         tasks = [task for task in self.queue if task.state == PENDING_NODE_ASSIGNMENT]
-        tasks.sort(key=lambda task: (0, -task.no) if task.client != DRIVER else (1, 0))
+        tasks.sort(key=lambda task: 0 if task.client == DRIVER else -task.no)
         self.queue = deque(tasks)
         self.gaps = 0
 
@@ -273,7 +282,7 @@ class Scheduler:
         self.workers: dict[int, WorkerRecord] = {}
         self.idle: dict[int, WorkerRecord] = {}  # the last to go idle is last
         self.starting = 0
-        self.pool_size = max(1, resources.get("CPU", 0) // UNIT)
+        self.workers_for_cpus = max(1, resources.get("CPU", 0) // UNIT)  # one each, and at least one
         self.wake_at: float | None = None  # wants a Ticked event by then
         self._workers_made = 0
         self._out = out
@@ -281,8 +290,9 @@ class Scheduler:
 
     @property
     def many(self) -> int:
-        """More processes of one shape than this are too many, if the CPUs do not say how many there may be."""
-        return max(8, 4 * self.pool_size)
+        """So many processes of one shape are many: there are no more of tasks that ask for no resources, and from so
+        many on that stand still in get(), others that wait go first."""
+        return max(8, 4 * self.workers_for_cpus)
 
     # ------------------------------------------------------------ tasks
 
@@ -364,48 +374,58 @@ class Scheduler:
         waiting = [*self.active, *self.claims]
         for shape in waiting:
             head = shape.queue[0].no if shape.queue else -1
-            if shape.head != head:
+            if shape.head != head:  # It has gone on.
                 shape.head, shape.since_s = head, now
                 still = shape.standing_still()
                 shape.due_s = now + PATIENCE_S * (still if still >= self.many else 1)
                 if shape is self.first:
-                    self.first = None  # It has been given something.
+                    self.first = None
         if self.first is not None and (self.first not in waiting or now >= self.turn_ends_s):
-            self._wait_again(self.first, now)
+            self.first.due_s = self._as_long_again(self.first, now)
             self.first = None
         if self.first is None:
-            due = (shape for shape in waiting if shape.resources and shape.due_s <= now)
-            for shape in sorted(due, key=lambda shape: shape.due_s):
-                if not self._waits_for_an_end(shape):
-                    self.first = shape
-                    self.turn_ends_s = now + max(PATIENCE_S, now - shape.since_s)
-                    break
-                self._wait_again(shape, now)
+            self._give_turn([shape for shape in waiting if shape.resources and shape.due_s <= now], now)
         if self.first is not None:
             self.wake_by(self.turn_ends_s)
         return sorted(self.policy.order(self.active), key=lambda shape: shape is not self.first)
 
-    def _wait_again(self, shape: Shape, now: float) -> None:
-        shape.due_s = now + max(PATIENCE_S, now - shape.since_s)
+    def _give_turn(self, due: list[Shape], now: float) -> None:
+        """To the one that is due longest, of those that it would help."""
+        for shape in sorted(due, key=lambda shape: shape.due_s):
+            if not self._waits_for_an_end(shape):
+                self.first = shape
+                self.turn_ends_s = self._as_long_again(shape, now)
+                return
+            shape.due_s = self._as_long_again(shape, now)
+
+    def _as_long_again(self, shape: Shape, now: float) -> float:
+        """When it will have stood still twice as long as it has now."""
+        return now + max(PATIENCE_S, now - shape.since_s)
 
     def _waits_for_an_end(self, shape: Shape) -> bool:
         """Nothing that others could leave to it would help."""
         pools = [pool for pool in shape.pools if not isinstance(pool, Bundle) or pool.placed]
         return all(self._is_held_for_good(pool, shape) for pool in pools)
 
-    def _kept_for(self, shape: Shape) -> Shape | None:
-        """The shape for which others, of which this is one, have to leave something."""
+    def _before(self, shape: Shape) -> Shape | None:
+        """Another one, whose turn it is, and for which this one has to leave something."""
         first = self.first
         if first is None or first is shape:
             return None
-        has_waited = first.queue[0].no == first.head if first.queue else first in self.claims
-        return first if has_waited else None  # It may just have been given something.
+        stands_still = first.queue[0].no == first.head if first.queue else first in self.claims
+        return first if stands_still else None  # It may have been given something since the turns were looked at.
 
     def _stands_back(self, shape: Shape, now: float) -> bool:
         """Whether it is given nothing just now, for the sake of others that wait."""
-        first = self._kept_for(shape)
-        if first is not None and any(pool in shape.pools and pool.lacks_for(first, shape) for pool in first.pools):
-            return True  # Its workers run dry, and what they hold goes to who stood still.
+        return self._holds_what_is_lacked(shape) or self._is_too_still(shape, now)
+
+    def _holds_what_is_lacked(self, shape: Shape) -> bool:
+        """Its workers run dry then, and what they hold goes to whose turn it is."""
+        first = self._before(shape)
+        return first is not None and any(pool in shape.pools and pool.lacks(first, shape) for pool in first.pools)
+
+    def _is_too_still(self, shape: Shape, now: float) -> bool:
+        """Many of its tasks stand still, and others wait of which not so many do: more of it would not help those."""
         if shape is self.first or now >= shape.due_s or shape.standing_still() < self.many:
             return False
         for other in self.active:
@@ -492,12 +512,12 @@ class Scheduler:
     def _now_idle(self, worker: WorkerRecord, now: float) -> None:
         worker.idle_since = now
         self.idle[worker.client] = worker
-        if len(self.idle) > self.pool_size:
+        if len(self.idle) > self.workers_for_cpus:
             self.wake_by(now if self._too_many() > 0 else now + IDLE_WORKER_S)
 
     def _too_many(self) -> int:
         """How many idle workers must not wait for their end: each environment would keep some otherwise."""
-        return len(self.idle) - 2 * self.pool_size - SPARE_WORKERS if self.apart else 0
+        return len(self.idle) - 2 * self.workers_for_cpus - SPARE_WORKERS if self.apart else 0
 
     def may_start(self, shape: Shape | None) -> bool:
         """Whether somebody idle could run its tasks.  A hint, for another thread."""
@@ -520,17 +540,17 @@ class Scheduler:
         for name, amount in resources:
             pool.total[name] = pool.total.get(name, 0) + amount
             pool.available[name] = pool.available.get(name, 0) + amount
-        self.pool_size = max(1, pool.total.get("CPU", 0) // UNIT)
+        self.workers_for_cpus = max(1, pool.total.get("CPU", 0) // UNIT)
         for gpu in range(len(pool.gpus), pool.total.get("GPU", 0) // UNIT):
             pool.gpus[gpu] = UNIT
 
     def _pool_for(self, shape: Shape) -> Pool | None:
-        """The first pool with its resources free."""
+        """The first pool with its resources free, and with enough beside them for whose turn it is."""
         if not shape.resources and not shape.exclusive and self.room_for(shape) <= 0:
             return None  # Nothing bounds it but this.
-        first = self._kept_for(shape) if self.first is not None else None
+        first = self._before(shape) if self.first is not None else None
         for pool in shape.pools:
-            if pool.fits(shape) and (first is None or pool not in first.pools or not pool.keeps_for(first, shape)):
+            if pool.fits(shape) and (first is None or pool not in first.pools or not pool.would_lack(first, shape)):
                 return pool
         return None
 
@@ -605,9 +625,7 @@ class Scheduler:
     def reserve(self, bundles: Sequence[Bundle]) -> bool:
         """Take all of them out of the node's pool, or none: whether there was enough."""
         gpus = _divided(self.pool.gpus, bundles)
-        wanted = Counter[str]()
-        for bundle in bundles:
-            wanted.update(bundle.total)
+        wanted = in_all(bundles)
         if gpus is None or any(self.available.get(name, 0) < amount for name, amount in wanted.items()):
             return False
         for name, amount in wanted.items():
@@ -623,10 +641,7 @@ class Scheduler:
 
     def could_ever_reserve(self, bundles: Sequence[Bundle]) -> bool:
         """Whether an empty node has all of it."""
-        wanted = Counter[str]()
-        for bundle in bundles:
-            wanted.update(bundle.total)
-        enough = all(self.total.get(name, 0) >= amount for name, amount in wanted.items())
+        enough = all(self.total.get(name, 0) >= amount for name, amount in in_all(bundles).items())
         return enough and _divided(dict.fromkeys(self.pool.gpus, UNIT), bundles) is not None
 
     def give_back(self, bundles: Sequence[Bundle]) -> None:
@@ -678,7 +693,7 @@ class Scheduler:
         """Workers that have been idle and too many for long enough; look again whether a prefetched task is stuck."""
         self.wake_at = None
         ending = [worker for worker in self.idle.values() if worker.environment == SPENT] if self.apart else []
-        surplus = len(self.idle) - self.pool_size
+        surplus = len(self.idle) - self.workers_for_cpus
         too_many = self._too_many()
         for position, worker in enumerate(list(self.idle.values())[: max(0, surplus)]):
             if worker.environment == SPENT:

@@ -292,6 +292,20 @@ def _same_file(one: str, other: str) -> bool:
 # --- exceptions -------------------------------------------------------------------------
 
 
+def in_words(error: BaseException) -> str:
+    """Its class and what it says, as a traceback ends."""
+    try:
+        said = str(error).strip()
+    except Exception:  # Its class may do as it likes.
+        said = "its message cannot be shown"
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def in_one_line(error: BaseException) -> str:
+    """The start of it: for tables, logs and sentences."""
+    return in_words(error).partition("\n")[0][:500]
+
+
 def _reduce_exception(error: BaseException) -> Any:
     """Pickle calls ``cls(*args)``, which fails where ``__init__`` takes other arguments than it passes on."""
     cls = type(error)
@@ -600,13 +614,10 @@ def _kind(obj: Any) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The error in one line; pickle's own errors are said as they are, others with their type."""
-    try:
-        text = str(error).strip().partition("\n")[0][:300]
-    except Exception:
-        text = "its message cannot be shown"
+    """In one line; pickle's own errors without their class."""
+    text = in_one_line(error)
     pickles_own = isinstance(error, (TypeError, pickle.PicklingError)) and "pickle" in text
-    return text if pickles_own else f"{type(error).__name__}: {text}"
+    return text.removeprefix(f"{type(error).__name__}: ") if pickles_own else text
 
 
 def _shortened(path: str) -> str:

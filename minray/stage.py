@@ -221,7 +221,7 @@ class Stage:
         self.main = self._enter(Strand(driver, "driver", True))
         self.current = self.main
         self.main.inside = False
-        for command in self.node.start_workers(int(self.node.scheduler.pool_size)):
+        for command in self.node.start_workers(int(self.node.scheduler.workers_for_cpus)):
             self._do([command])
         self._work_off()
 

@@ -1,4 +1,4 @@
-"""What a session did and does, read from its GCS file: Ray's state API, and stories.
+"""What a session did and does, read from its GCS file: Ray's state API.
 
 Owns the questions (`list_tasks`, `get_actor`, `summarize_tasks`, ...; what happened in
 order of time is `minray.story`'s).  Every function opens

@@ -54,7 +54,7 @@ from minray.messages import ArgumentLost, CheckpointFailed, Event, ObjectsAwaite
 from minray.object_ref import ObjectRef
 from minray.object_store import Arena
 from minray.output_labels import LabelledFile
-from minray.serialization import INLINE_LIMIT, deserialize, serialize, to_bytes
+from minray.serialization import INLINE_LIMIT, deserialize, in_one_line, serialize, to_bytes
 from minray.surroundings import OWN_FDS_FROM, Surroundings
 from minray.task_spec import (
     ACTOR_CREATION, ACTOR_EXITED, ACTOR_METHOD, CANCELLED, ERROR, OK, RETRYABLE_ERROR, STREAMING, TASK, Placement,
@@ -288,7 +288,7 @@ class Worker(CoreWorker):
 
     def _environment_failed(self, task: tuple[Any, ...], error: BaseException) -> None:
         task_id, options = task[0], self._templates_known[task[1]]
-        why = str(error) if isinstance(error, RuntimeEnvSetupError) else _one_line(error)
+        why = str(error) if isinstance(error, RuntimeEnvSetupError) else in_one_line(error)
         failure = RuntimeEnvSetupError(
             f"the runtime environment of {options.name} [task {ids.short(task_id)}] could not be set up: {why}\n"
             "It was not run, and minray will not try again by itself. Mend the runtime_env, and submit it again."
@@ -440,7 +440,8 @@ class Worker(CoreWorker):
             return
         except BaseException as error:  # noqa: B036  (the state's own code may raise anything)
             self._checkpoints = None
-            self.send_now(CheckpointFailed(self.client, object_id, _story(error), True))
+            why = str(error) if isinstance(error, CheckpointError) else in_one_line(error)
+            self.send_now(CheckpointFailed(self.client, object_id, why, True))
             return
         finally:
             self._saving = False
@@ -585,7 +586,7 @@ class Worker(CoreWorker):
             wrapped = make_task_error(
                 error, options.name, os.getpid(), ip=ip, actor_id=actor_id, actor_repr=self._repr()
             )
-        text = _one_line(error)
+        text = in_one_line(error)
         if options.kind == ACTOR_CREATION:
             name = options.name.removesuffix(".__init__")
             what = "its constructor failed. No call was run."
@@ -994,20 +995,6 @@ class Worker(CoreWorker):
         except TimeoutError:
             flags = self._await(refs, 0, False, None)
         return list(islice(compress(count(), flags), num_ready))
-
-
-def _one_line(error: BaseException) -> str:
-    """For tables and logs: its class and the start of what it says."""
-    try:
-        said = str(error).strip().partition("\n")[0][:500]
-    except Exception:  # Its class may do as it likes.
-        said = "its message cannot be shown"
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
-
-
-def _story(error: BaseException) -> str:
-    """What it says, with its class if that is not minray's own."""
-    return str(error) if isinstance(error, CheckpointError) else _one_line(error)
 
 
 def main(sock: socket.socket, config: dict[str, Any], number: int, path: list[str], directory: str) -> None:

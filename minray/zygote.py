@@ -47,11 +47,14 @@ OUTPUT_BACKLOG = 64
 CHUNK_BYTES = 32 * 1024
 EXIT_S = 2.0
 """How long the GCS may take to finish its file at the end."""
-GCS_CUT_SHORT = (
-    b"minray: the GCS is ended without having written everything: it has not come to an end within 2 s. The newest "
-    b"rows of the history are lost, and with them the newest results of a durable job. Is it stopped, or its disk very "
-    b"slow?\n"
+ROWS_LOST = (
+    "The newest rows of the history are lost, and with them the newest results of a durable job. Is it stopped, or its "
+    "disk very slow?"
 )
+GCS_CUT_SHORT = (
+    "minray: the GCS is ended without having written everything: it has not come to an end within 2 s. "
+    f"{ROWS_LOST}\n"
+).encode()
 
 
 class ZygoteClient:

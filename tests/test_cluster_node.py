@@ -451,6 +451,26 @@ def test_an_actor_whose_node_died_lives_again_on_another_and_what_waited_is_exec
     assert cluster.get(T3, T4) == [b"value", b"value"]
 
 
+def test_the_error_of_an_actors_death_elsewhere_names_the_node_and_points_to_no_log_of_the_home() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 1, "GPU": 1})
+    an_actor(cluster)
+    cluster.submit(CALL, T2, actor_id=T1)
+    ((_, worker, *_),) = cluster.hands()
+    cluster.handle(2, WorkerDied(worker, "was killed by SIGKILL", T2))
+    said = str(cluster.error(T2))
+    assert f"its worker was killed by SIGKILL (worker {worker}, pid {100 + worker}, node n2)" in said
+    assert "ran out of memory. The worker's output is in the logs of its node\n" in said and "worker-" not in said
+
+
+def test_the_history_of_a_task_that_is_replayed_says_on_which_node_it_ran() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 1, "GPU": 1})
+    cluster.submit(ON_GPU, T1)
+    cluster.finish(T1, "large")
+    cluster.kill(2)
+    events = cluster.nodes[1].take_rows(cluster.now)["events"]
+    assert "attempt 1 began to run on node 2" in [message for *_, message in events]
+
+
 def test_an_actor_without_restarts_dies_with_its_node() -> None:
     cluster = Cluster({"CPU": 1}, {"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 1})
     an_actor(cluster, restarts=0)

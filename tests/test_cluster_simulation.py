@@ -61,7 +61,7 @@ PLANTED = {
         "self._give_reference_back(away.keeper, entry.object_id)", "pass",
     ),
     "a dead node's references are kept": (
-        cluster_tasks, cluster_tasks.GivenTasks, "_references_lost", "self.lineage.release(object_id)", "pass",
+        cluster_tasks, cluster_tasks.GivenTasks, "_references_lost", "self._release_held(neighbour)", "pass",
     ),
     "a dead node's tasks are forgotten": (
         cluster_node, cluster_node.ClusterNode, "_node_gone", "self._task_lost(task, neighbour, reason)", "pass",

@@ -64,6 +64,18 @@ def test_a_lost_update_is_found_and_its_schedule_is_shown():
     assert re.search(r"calls Account.set#\d\(10\)", text)
 
 
+def test_an_error_that_cannot_be_shown_is_found_like_any_other():
+    class Mute(Exception):
+        def __str__(self):
+            raise RuntimeError("no")
+
+    def program():
+        raise Mute
+
+    with pytest.raises(ExplorationFailed, match="Mute: its message cannot be shown"):
+        explore(program, seeds=[0])
+
+
 def test_some_orders_are_right_and_a_right_program_is_right_in_all():
     outcomes = set()
     for seed in range(20):

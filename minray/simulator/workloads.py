@@ -162,7 +162,7 @@ def run_flood(
     world.run(flood(num_tasks, num_nodes))
     figures = common_figures(world, num_tasks)
     if faults:
-        figures["faults"] = [f"{when:.2f} s: {what}" for when, what in world.story]
+        figures["faults"] = [f"{when:.2f} s: {what}" for when, what in world.happened]
         figures["faults"] += [
             f"{fault.at_s:g} s: {fault.what} did not happen: all was done before"
             for fault in faults if fault.at_s > world.now
@@ -210,12 +210,12 @@ def recovery_times(world: World, part: float = 0.95) -> list[float | None]:
     do."""
     rates = throughput(world, 0.1)
     found: list[float | None] = []
-    deaths = [when for when, what in world.story if "is killed" in what]
+    deaths = [when for when, what in world.happened if "is killed" in what]
     num_nodes = len(world.machines)
     for number, when in enumerate(deaths):
         before = [rate for at_s, rate in rates if when - 1.0 <= at_s + 0.1 <= when]
-        joined = sum(1 for at_s, what in world.story if at_s <= when and "joins" in what)
-        nodes = num_nodes - sum(1 for _, what in world.story if "joins" in what) + joined - number
+        joined = sum(1 for at_s, what in world.happened if at_s <= when and "joins" in what)
+        nodes = num_nodes - sum(1 for _, what in world.happened if "joins" in what) + joined - number
         if not before or nodes < 2:
             found.append(None)
             continue
@@ -310,7 +310,7 @@ def run_fig11a(
         "tasks/s when they are back": round(after, 1),
         "recovered": round(after / max(1e-9, before), 3),
         "equal results": values[0] == values[1] and len(values[0]) == num_chains and None not in values[0],
-        "faults": [f"{when:.2f} s: {what}" for when, what in worlds[1].story],
+        "faults": [f"{when:.2f} s: {what}" for when, what in worlds[1].happened],
     }
     title = f"Fig 11a: {num_chains} chains of 100 ms tasks on {num_nodes} nodes; 3 are killed, and 3 join later"
     return Outcome(title, figures, [Line("tasks/s", rates)], ("virtual time (s)", "tasks/s"))

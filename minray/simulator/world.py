@@ -554,7 +554,7 @@ class World:
         self.gcs_free_at = 0.0
         self.driver_result: Any = None
         self.driver_ended_s: float | None = None
-        self.story: list[tuple[float, str]] = []  # faults, for the report
+        self.happened: list[tuple[float, str]] = []  # faults, for the report
         self._links: dict[tuple[int, int], float] = {}
         self._nodes_made = 0
         self.machines: dict[int, Machine] = {}
@@ -630,39 +630,39 @@ class World:
             alive = [m for m in alive if m.node_no == node_no]
         if not alive:
             which = "but the head" if node_no is None else f"n{node_no}"
-            self.story.append((self.now, f"kill_node did not happen: there is no node {which}"))
+            self.happened.append((self.now, f"kill_node did not happen: there is no node {which}"))
             return
         machine = self.rng.choice(alive)
         machine.alive = False
         machine.until_s = self.now
         for process in machine.processes.values():
             process.alive = False
-        self.story.append((self.now, f"node {machine.label} is killed"))
+        self.happened.append((self.now, f"node {machine.label} is killed"))
         died = [NodeDied(-machine.node_no, "was killed")]
         self.at(self.now + self.costs.detect_s, self.machines[HEAD].take, died)
 
     def join_node(self) -> None:
         machine = self.add_node()
-        self.story.append((self.now, f"node {machine.label} joins"))
+        self.happened.append((self.now, f"node {machine.label} joins"))
 
     def cut_node(self, seconds: float) -> None:
         """Its link carries nothing for so long; if that is too long it is declared dead, and told so afterwards."""
         alive = [m for m in self.machines.values() if m.alive and m.node_no != HEAD]
         if not alive:
-            self.story.append((self.now, "cut_node did not happen: there is no node but the head"))
+            self.happened.append((self.now, "cut_node did not happen: there is no node but the head"))
         else:
             machine = self.rng.choice(alive)
             machine.cut_until = self.now + seconds
-            self.story.append((self.now, f"node {machine.label} is cut off for {seconds:g} s"))
+            self.happened.append((self.now, f"node {machine.label} is cut off for {seconds:g} s"))
 
     def slow_node(self, factor: float) -> None:
         alive = [m for m in self.machines.values() if m.alive and m.node_no != HEAD]
         if not alive:
-            self.story.append((self.now, "slow_node did not happen: there is no node but the head"))
+            self.happened.append((self.now, "slow_node did not happen: there is no node but the head"))
         else:
             machine = self.rng.choice(alive)
             machine.slowness = factor
-            self.story.append((self.now, f"node {machine.label} runs {factor:g} times slower"))
+            self.happened.append((self.now, f"node {machine.label} runs {factor:g} times slower"))
 
     # ------------------------------------------------------------ what came of it
 
