@@ -5,6 +5,7 @@ that are killed or interrupted run in processes of their own.
 """
 
 import contextlib
+import errno
 import gc
 import json
 import multiprocessing
@@ -131,13 +132,14 @@ def test_options_of_ray_without_a_meaning_here_are_accepted(capfd):
     assert "init(_system_config=...) has no effect" in capfd.readouterr().err
 
 
-def test_an_init_that_fails_leaves_nothing(monkeypatch):
-    def no_room(self, offset, size):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("number, told", [(errno.ENOSPC, exceptions.OutOfDiskError), (errno.EIO, OSError)])
+def test_an_init_that_fails_leaves_nothing(monkeypatch, number, told):
+    def fail(self, offset, size):
+        raise OSError(number, "that failed")
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr("minray.object_store.Arena.back", no_room)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr("minray.object_store.Arena.back", fail)
+    with pytest.raises(told, match="that failed"):
         minray.init(num_cpus=1)
     assert not minray.is_initialized() and signal.getsignal(signal.SIGINT) is before
 
