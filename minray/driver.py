@@ -36,7 +36,7 @@ from minray.serialization import deserialize
 from minray.session import FINISHED, Session, finish_session, identify, open_root, sweep
 from minray.task_spec import UNIT, TaskSpec
 from minray.worker import BLACK_BOX_BYTES, black_box_offset, hold_offset
-from minray.zygote import ZygoteClient
+from minray.zygote import CLOSE_S, ZygoteClient
 
 if TYPE_CHECKING:
     from minray.job_storage import OpenJob
@@ -375,6 +375,7 @@ class Driver(CoreWorker):
     @uninterruptible
     def close(self) -> None:
         """End every process of the session and remove what it used; live arrays stay readable."""
+        deadline = monotonic() + CLOSE_S
         self._job_row[5:8:2] = 2 if self._ending.is_bad() else 1, int(clock.now() * 1e6)  # FAILED, SUCCEEDED
         with suppress(Exception):
             self.raylet.flush_now()
@@ -385,7 +386,12 @@ class Driver(CoreWorker):
         self.loop.close()
         self.end_futures("minray was shut down while this future was waited for")
         self.raylet.close()
-        clean = self.zygote.close(self._on_last_notice)
+        clean = self.zygote.close(self._on_last_notice, deadline)
+        if not clean and os.path.exists(os.path.join(self.session.path, "gcs.sqlite-wal")):
+            self.raylet.warnings.append(
+                "the GCS was ended with its zygote before it had finished its file: the newest rows of the history may "
+                "be lost, and with them the newest results of a durable job. Were they stopped, or is the disk slow?"
+            )
         print_lines(self._pending_lines + self._printer.close_all(monotonic()))
         print_lines([("stderr", f"minray: {text}") for text in self.raylet.warnings])
         if not clean:

@@ -402,7 +402,7 @@ def _read(database: sqlite3.Connection, job_no: int, directory: str) -> tuple[Kn
     """What can be used again; all other rows, and files of no row, are deleted."""
     objects: dict[bytes, KeptObject] = {}
     rows: dict[bytes, _Row] = {}  # by object, the newest first
-    troubles: list[str] = []
+    faults: list[tuple[int, bytes, str]] = []  # rowid, place, and what is wrong
     doomed: list[int] = []
     for row in database.execute(_READ, (job_no,)):
         object_id, place, version, data, file, size, nested, name, num_returns, _, _, actor, after = row[:13]
@@ -415,12 +415,18 @@ def _read(database: sqlite3.Connection, job_no: int, directory: str) -> tuple[Kn
         if fault or object_id in objects:
             doomed.append(row[16])
             if fault:
-                troubles.append(f"{name}(): {fault}")
+                faults.append((row[16], place, f"{name}(): {fault}"))
             continue
         pairs = tuple((nested[at : at + 16], nested[at + 16 : at + 32]) for at in range(0, len(nested), 32))
         objects[object_id] = KeptObject(place, path or data, size, pairs)
         rows[object_id] = _Row(version, num_returns, name, actor, after, row[16])
-    known = _join(objects, rows, _whole(objects, troubles, rows))
+    whole = _whole(objects)
+    faults += [
+        (row.no, objects[object_id].place, f"{row.name}(): an object that its result refers to was not kept")
+        for object_id, row in rows.items()
+        if object_id not in whole
+    ]
+    known = _join(objects, rows, whole)
     used = {ids.return_id(kept.task_id, index) for kept in _all(known) for index in range(max(1, len(kept.values)))}
     doomed += [row.no for object_id, row in rows.items() if object_id not in used and object_id not in known.objects]
     database.executemany("DELETE FROM results WHERE rowid = ?", [(no,) for no in doomed])
@@ -429,7 +435,14 @@ def _read(database: sqlite3.Connection, job_no: int, directory: str) -> tuple[Kn
     for entry in os.scandir(directory):
         if entry.name != "lock" and entry.path not in files:
             os.unlink(entry.path)
-    return known, troubles
+    return known, _not_replaced(faults, known, rows)
+
+
+def _not_replaced(faults: list[tuple[int, bytes, str]], known: Known, rows: dict[bytes, _Row]) -> list[str]:
+    """Of what is damaged, what is missing now.  A newer result at its place (of the run that found the damage, or of
+    other code) has replaced the rest: nobody would have asked for it."""
+    newest = {kept.place: rows[ids.return_id(kept.task_id, 0)].no for kept in _all(known)}
+    return [text for no, place, text in faults if no > newest.get(place, 0)]
 
 
 def _all(known: Known) -> Iterator[KeptResult]:
@@ -484,7 +497,7 @@ def _fault_of(path: str, size: int) -> str:
     return "" if found == object_store.file_size(size) else f"its file {path} is cut off: it has {found:,} bytes"
 
 
-def _whole(objects: dict[bytes, KeptObject], troubles: list[str], rows: dict[bytes, _Row]) -> set[bytes]:
+def _whole(objects: dict[bytes, KeptObject]) -> set[bytes]:
     """The objects all of whose inner objects are there.  A stack, not recursion: chains of refs can be long."""
     verdicts: dict[bytes, bool] = {}
     for first in objects:
@@ -501,8 +514,6 @@ def _whole(objects: dict[bytes, KeptObject], troubles: list[str], rows: dict[byt
                 continue
             sound = (verdicts.get(origin, False) and _is_sound(objects[origin].data) for origin in inner)
             verdicts[object_id] = all(sound)
-            if not verdicts[object_id]:
-                troubles.append(f"{rows[object_id].name}(): an object that its result refers to was not kept")
             stack.pop()
     return {object_id for object_id, whole in verdicts.items() if whole}
 

@@ -295,7 +295,7 @@ class WorkerStarted(NamedTuple):
 
 
 class WorkerDied(NamedTuple):
-    """`running`: the task that it was executing when it died, None if none."""
+    """`running`: the task that it was executing when it died, or the checkpoint that it was making; None if none."""
 
     client: int
     reason: str

@@ -183,6 +183,8 @@ class NodeActors(NodeExact):
         why = f"its worker{self._which(worker)} {reason}"
         if begun and calls[begun - 1].spec.task_id == running:
             why += f" while running {calls[begun - 1].template.options.name}()"
+        elif running is not None and ids.is_put(running):
+            why += " while saving its checkpoint"
         if actor.unrecoverable:
             why += f". It had lost its exact recovery: {actor.unrecoverable}"
         hint = self._where_to_look(worker, reason)

@@ -338,9 +338,11 @@ class NodeExact(NodeStreams):
         recovery.fruitless = recovery.fruitless + 1 if was_busy else 0
         if recovery.fruitless <= MAX_FRUITLESS:
             return ""
-        where = "while it was idle"
+        where = ", this one while it was idle"
         if replayed is not None:
-            where = f"while {replayed.template.options.name}() was run again"
+            where = f", this one while {replayed.template.options.name}() was run again"
         elif running == actor.actor_id:
-            where = "while its state was made again"
-        return f"; {recovery.fruitless} workers in a row ended before they had executed a new call, this one {where}"
+            where = ", this one while its state was made again"
+        elif running is not None and ids.is_put(running):
+            where = ""  # It stands before this.
+        return f"; {recovery.fruitless} workers in a row ended before they had executed a new call{where}"

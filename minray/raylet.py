@@ -41,7 +41,7 @@ from minray.messages import (
 from minray.node import Node
 from minray.reference_counter import References
 from minray.task_spec import TaskSpec
-from minray.zygote import ROWS_LOST, ZygoteClient
+from minray.zygote import EXIT_S, ROWS_LOST, ZygoteClient
 
 FLUSH_S = 0.05
 """Rows wait at most this long before they go to the GCS."""
@@ -647,14 +647,14 @@ class Raylet:
             self.closed = True
             if self._gcs is not None:
                 self._gcs.sock.setblocking(True)
-                self._gcs.sock.settimeout(2.0)
+                self._gcs.sock.settimeout(EXIT_S)
                 with suppress(OSError):
                     while self._gcs.backlog:
                         try:
                             self._gcs.sock.sendall(self._gcs.backlog.popleft())
                         except TimeoutError:
                             self.warnings.append(
-                                f"the GCS has taken nothing for 2 s at the end of the session. {ROWS_LOST}"
+                                f"the GCS has taken nothing for {EXIT_S:g} s at the end of the session. {ROWS_LOST}"
                             )
                             break
                     # Not only closed: a process that the driver has forked may have it, too.

@@ -556,6 +556,9 @@ def faults(seed: int = 0, *, must_fire: bool = True) -> Faults:
         seed: for everything that is drawn by lot.
         must_fire: raise FaultsNotFired at the end of the block if a planned fault has not happened.
 
+    Raises:
+        TypeError: if the seed is not an int: such a schedule could not be repeated.
+
     >>> @minray.remote
     ... class Sum:
     ...     def __init__(self):
@@ -573,6 +576,12 @@ def faults(seed: int = 0, *, must_fire: bool = True) -> Faults:
     >>> [fired.fault for fired in faults.log]
     ['killed']
     """
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(
+            f"faults(seed=...) takes an int, got {seed!r}. The same number repeats the schedule, so that a failure can "
+            "be looked at; leave it out for 0. For another schedule in each run pass random.getrandbits(32), and print "
+            "it."
+        )
     return Faults(seed, must_fire)
 
 

@@ -432,6 +432,7 @@ class Worker(CoreWorker):
         """One frame, in this order: the results that the node does not have yet, then the state that they are in."""
         object_id = ids.checkpoint_id(self.actor_id or b"", checkpoints.number + 1)
         self._saving = True
+        self._black_box[:] = object_id  # Its own code runs here, too, and may be this process's end.
         try:
             serialized = checkpoints.capture(self.actor)
             value = self.store(object_id, serialized)
@@ -444,6 +445,7 @@ class Worker(CoreWorker):
             self.send_now(CheckpointFailed(self.client, object_id, why, True))
             return
         finally:
+            self._black_box[:] = ids.NIL
             self._saving = False
         checkpoints.number += 1
         with self._out_lock:

@@ -126,6 +126,54 @@ def test_whoever_dies_with_the_driver_nothing_stays(tmp_path, victims):
         assert database.execute("SELECT count(*) FROM tasks").fetchone()[0] >= 3
 
 
+def test_a_driver_that_is_killed_while_its_gcs_stands_still_leaves_nothing_either(tmp_path):
+    path = tmp_path / "pids"
+    command = [sys.executable, "-c", BUSY, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True) as driver:
+        session_dir, pid, zygote, children = json.loads(driver.stdout.readline())
+        children = list(map(int, children))
+        ours = [zygote, *children, *json.loads(path.read_text())]
+        os.kill(gcs_of(children), signal.SIGSTOP)
+        os.kill(pid, signal.SIGKILL)
+        wait_until(
+            lambda: not any(map(is_alive, ours)), PROCESSES_GONE_S,
+            lambda: f"{[conftest.Process(one) for one in ours if is_alive(one)]} live on",
+        )  # fmt: skip
+        driver.wait(timeout=60)
+    assert not os.path.exists(session_dir)  # It was filed away, with what had been committed.
+    log = os.path.join(session_dir.replace("/live/", "/finished/"), "logs", "gcs.log")
+    with open(log) as file:
+        assert "the GCS is ended without having written everything" in file.read()
+
+
+@pytest.mark.parametrize("stopped", [("zygote",), ("zygote", "gcs"), ("gcs",)], ids="-".join)
+def test_shutdown_waits_for_nobody_who_stands_still_for_longer_than_is_promised(tmp_path, capfd, stopped):
+    @minray.remote
+    def starts(path):
+        path.write_text(str(subprocess.Popen(["sleep", "600"], start_new_session=True).pid))
+
+    path = tmp_path / "pid"
+    minray.init(num_cpus=1)
+    minray.get(starts.remote(path))
+    minray.api.flush_records()  # So that the GCS has its file.
+    zygote = minray.api._core.zygote.pid
+    with open(f"/proc/{zygote}/task/{zygote}/children") as file:
+        children = list(map(int, file.read().split()))
+    session_dir = minray.api._core.session.path
+    for victim in stopped:
+        os.kill(zygote if victim == "zygote" else gcs_of(children), signal.SIGSTOP)
+    began = time.monotonic()
+    minray.shutdown()
+    took_s = time.monotonic() - began
+    assert took_s < conftest.within(MEMORY_GONE_S)
+    assert not is_alive(zygote) and not os.path.exists(session_dir)
+    assert ("newest rows of the history" in capfd.readouterr().err) == ("gcs" in stopped)
+    wait_until(
+        lambda: not any(map(is_alive, [*children, int(path.read_text())])), max(0.1, MEMORY_GONE_S - took_s),
+        lambda: "processes live on",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("victims", [("gcs",), ("zygote",), ("gcs", "zygote"), ("zygote", "gcs")], ids="-".join)
 def test_whoever_dies_while_the_driver_lives_the_session_goes_on_and_ends_clean(tmp_path, victims):
     """What is left is looked for by conftest.py; the task's process, which has left its group, here."""

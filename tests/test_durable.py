@@ -559,6 +559,7 @@ def test_a_damaged_file_is_told_and_run_anew(tmp_path, capfd):
     with job(tmp_path):
         minray.get([make.remote(n) for n in range(3)])
     assert calls_of(log) == []
+    assert "cannot all be used" not in capfd.readouterr().err  # It was replaced: nothing was made anew.
 
 
 def test_two_jobs_share_a_storage_and_know_nothing_of_each_other(tmp_path):

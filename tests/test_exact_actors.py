@@ -245,6 +245,26 @@ def test_a_call_that_kills_its_worker_each_time_fails_and_the_actor_lives_on() -
 
 
 @live
+def test_a_state_whose_saving_kills_the_worker_is_told_as_that() -> None:
+    class Deadly:
+        def save_checkpoint(self) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def load_checkpoint(self, state: None) -> None: ...
+
+        def call(self) -> int:
+            return 1
+
+    actor = minray.remote(checkpoint_every=1)(Deadly).remote()
+    with pytest.raises(ActorDiedError) as caught:
+        minray.get(actor.call.remote())
+    assert "SIGKILL while saving its checkpoint; 11 workers in a row ended before they had executed a new call" in str(caught.value)
+    assert "idle" not in str(caught.value)
+    events = minray.state.list_events(filters=[("kind", "=", "actor_restarted")])
+    assert any("Deadly is made again" in event["message"] and "saving its checkpoint" in event["message"] for event in events)
+
+
+@live
 def test_kill_without_no_restart_makes_it_again_and_exit_ends_it() -> None:
     @minray.remote(checkpoint_every=3)
     class Leaver(Ledger):

@@ -137,29 +137,55 @@ def test_threads_that_a_task_leaves_behind_may_use_minray(one_worker):
     assert minray.get(do.remote(leave), timeout=60) == [5]
 
 
-def test_a_task_that_prints_100_mb_is_done_soon_and_the_driver_stays_small(run_driver):
-    program = """
+@pytest.mark.parametrize("hundreds", [1, pytest.param(10, marks=[pytest.mark.long, pytest.mark.timeout(660)])])
+def test_a_task_that_prints_100_mb_or_1_gb_is_done_soon_and_the_driver_stays_small(run_driver, hundreds):
+    program = f"""
 import minray, resource, sys, time
 
 @minray.remote
 def shout():
     line = "x" * 99 + "\\n"
-    for _ in range(1000):
+    for _ in range({1000 * hundreds}):
         sys.stdout.write(line * 500)
-    sys.stdout.write("y" * 50_000_000)   # One endless line.
+    for _ in range({hundreds}):
+        sys.stdout.write("y" * 50_000_000)   # One endless line.
     return "done"
 
 minray.init(num_cpus=1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(minray.get(shout.remote(), timeout=60), file=sys.stderr)
+print(minray.get(shout.remote(), timeout={60 * hundreds}), file=sys.stderr)
 minray.shutdown()
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 print("grown", grown // 1024, file=sys.stderr)
 """
-    ended = run_driver(program)
+    ended = run_driver(program, timeout_s=60 * hundreds + 30)
     assert "done" in ended.stderr
-    assert len(ended.stdout) < 5_000_000
+    assert len(ended.stdout) < 5_000_000 * hundreds  # A share of what is said in each second.
     assert int(ended.stderr.rpartition("grown")[2]) < 50
+
+
+@pytest.mark.parametrize("exponent", [3_000_000, pytest.param(15_000_000, marks=pytest.mark.long)])
+def test_a_task_that_holds_the_gil_for_seconds_is_never_declared_dead_and_the_others_go_on(session, tmp_path, exponent):
+    """One computation in C: that worker neither hears nor speaks, and what it had been handed goes to the other."""
+
+    @minray.remote
+    def holds():
+        with open(tmp_path / "pids", "a") as file:
+            file.write(f"{os.getpid()}\n")
+        pow(7, exponent)
+        return os.getpid(), time.monotonic()
+
+    @minray.remote
+    def double(x):
+        return 2 * x
+
+    long = holds.remote()
+    assert minray.get([double.remote(x) for x in range(50)]) == [2 * x for x in range(50)]
+    others_ended_s = time.monotonic()
+    pid, ended_s = minray.get(long)
+    assert others_ended_s < ended_s
+    assert (tmp_path / "pids").read_text() == f"{pid}\n"  # One attempt.
+    assert not {event.kind for event in minray.state.list_events()} & {"worker_died", "task_retried"}
 
 
 def test_signals_that_a_task_ignores_do_not_stop_the_session_from_ending(one_worker):

@@ -231,6 +231,43 @@ def test_of_two_results_at_one_place_the_newer_is_known_and_the_older_deleted(tm
         assert database.execute("SELECT count(*) FROM results").fetchone() == (1,)
 
 
+def at_the_place_of(number, new):
+    """A result of another run at the place of an older one."""
+    return (new[0], row(number)[1], *new[2:])
+
+
+def damage(path, *numbers):
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        for number in numbers:
+            database.execute("UPDATE results SET data = 'dat@' WHERE object_id = ?", (row(number)[0],))
+        database.commit()
+
+
+def test_what_is_damaged_and_was_replaced_is_not_told(tmp_path):
+    path = tmp_path / "jobs.sqlite"
+    gone = row(3)[:3] + (None, "gone.obj") + row(3)[5:]
+    refers = row(4, nested=row(99)[0] * 2)  # To what is not there.
+    new = [at_the_place_of(old, row(10 + old)) for old in (1, 3, 4)]
+    with written(path, [row(1), row(2), gone, refers, *new]):
+        damage(path, 1, 2)
+    job = opened(path)
+    assert job.troubles == ["task2(): its row does not match its checksum"]
+    assert {kept.task_id for kept in job.known.results.values()} == {row(number)[0] for number in (11, 13, 14)}
+    job.close()
+    job = opened(path)  # What was damaged is deleted.
+    assert not job.troubles
+    job.close()
+
+
+def test_what_is_damaged_and_is_newer_than_what_it_replaced_is_told(tmp_path):
+    path = tmp_path / "jobs.sqlite"
+    with written(path, [row(1), at_the_place_of(1, row(2))]):
+        damage(path, 2)
+    job = opened(path)
+    assert job.troubles == ["task2(): its row does not match its checksum"]
+    job.close()
+
+
 def test_long_chains_of_objects_in_objects_are_walked(tmp_path):
     path = tmp_path / "jobs.sqlite"
     with written(path, [row(n, nested=row(n - 1)[0] + row(n - 1)[0] if n else b"") for n in range(5000)]):

@@ -558,6 +558,34 @@ def test_an_object_larger_than_the_store_works_as_argument_and_result(session):
     assert minray.get(ref).sum() == 60 * MB
 
 
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("store", [8 << 30, 64 << 20], ids=["in memory", "in files"])
+def test_bytes_of_more_than_2_gib_are_arguments_and_results(store):
+    """More than 31 bits can count.  It takes some 10 GiB of memory."""
+    with open("/proc/meminfo") as file:
+        free = {line.split(":")[0]: int(line.split()[1]) << 10 for line in file}["MemAvailable"]
+    if free < 14 << 30:
+        pytest.skip(f"{free >> 30} GiB of memory are free, and it may take 14")
+    large = b"begin" + bytes(2 << 30) + b"end"
+    with minray.init(num_cpus=1, object_store_memory=store):
+
+        @minray.remote
+        def ends(value):
+            return len(value), value[:5], value[-3:]
+
+        @minray.remote
+        def make(end):
+            return b"begin" + bytes(2 << 30) + end
+
+        assert minray.get(ends.remote(large)) == (len(large), b"begin", b"end")
+        ref = make.remote(b"END")
+        assert minray.get(ends.remote(ref)) == (len(large), b"begin", b"END")
+        del large
+        value = minray.get(ref)
+        assert (len(value), value[:5], value[-3:]) == ((2 << 30) + 8, b"begin", b"END")
+
+
 def test_two_processes_spill_and_read_at_once(session):
     @minray.remote
     def churn(seed):

@@ -70,6 +70,20 @@ def test_faults_happen_or_it_is_said_that_they_did_not(capsys: Any, fault: str, 
     assert found["finished"] and says in found["faults"][0]
 
 
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["kill_node@0.05"], "killed at 0.05 s: no rate to come back to: no whole 0.1 s"),
+        (["kill_node@0.11", "--tasks", "900"], "killed at 0.11 s: no rate since: all was done at 0.1"),
+    ],
+)
+def test_where_a_run_is_too_short_to_tell_the_recovery_it_is_said_why(capsys: Any, arguments: list[str], says: str) -> None:
+    found = simulate(capsys, "--faults", *arguments)
+    assert found["recovery_s"] == [None] and [why[: len(says)] for why in found["no_recovery_s"]] == [says]
+    long = simulate(capsys, "--faults", "kill_node@0.3", "--tasks", "20000")
+    assert long["recovery_s"] != [None] and "no_recovery_s" not in long
+
+
 def test_nodes_that_are_not_there_cannot_be_killed(capsys: Any) -> None:
     happened = simulate(capsys, "--faults", ",".join(["kill_node@0.01"] * 5))["faults"]
     assert [("is killed" in what, "did not happen" in what) for what in happened] == [(True, False)] * 3 + [(False, True)] * 2

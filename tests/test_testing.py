@@ -428,6 +428,13 @@ def test_a_seed_gives_the_same_schedule_again():
     assert first[:5] == again[:5] != other[:5]
 
 
+@pytest.mark.parametrize("seed", [None, "7", 0.5, True])
+def test_a_seed_that_repeats_nothing_is_refused(seed, session):
+    with pytest.raises(TypeError, match=r"faults\(seed=...\) takes an int, got .*random.getrandbits"):
+        testing.faults(seed=seed)
+    assert testing.faults(seed=2**70) is not None
+
+
 def test_random_faults_change_no_result(session):
     @minray.remote(max_retries=-1)
     def total(*parts):

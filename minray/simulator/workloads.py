@@ -167,7 +167,9 @@ def run_flood(
             f"{fault.at_s:g} s: {fault.what} did not happen: all was done before"
             for fault in faults if fault.at_s > world.now
         ]  # fmt: skip
-        figures["recovery_s"] = recovery_times(world)
+        figures["recovery_s"], unknown = recovery_times(world)
+        if unknown:
+            figures["no_recovery_s"] = unknown
     return Outcome(
         f"{num_tasks:,} tasks of {task_s * 1e3:g} ms on {num_nodes} nodes with {cpus} workers each",
         figures, [Line("tasks/s", throughput(world))], ("virtual time (s)", "tasks/s"),
@@ -193,6 +195,10 @@ def common_figures(world: World, num_tasks: int) -> dict[str, Any]:
     }
 
 
+BIN_S = 0.1
+"""A rate is that of so long: recovery takes tenths of a second."""
+
+
 def throughput(world: World, bin_s: float | None = None) -> list[tuple[float, float]]:
     """Tasks a second over time, in about a hundred steps or of `bin_s`."""
     if bin_s is None:
@@ -205,24 +211,34 @@ def throughput(world: World, bin_s: float | None = None) -> list[tuple[float, fl
     return [(n * width / 10, bins.get(n, 0) / (width / 10)) for n in range(last)]
 
 
-def recovery_times(world: World, part: float = 0.95) -> list[float | None]:
+def recovery_times(world: World, part: float = 0.95) -> tuple[list[float | None], list[str]]:
     """For each node that was lost: how long until the throughput was back to `part` of what the remaining nodes can
-    do."""
-    rates = throughput(world, 0.1)
+    do; and why that is not known, where it is None."""
+    rates = throughput(world, BIN_S)
     found: list[float | None] = []
+    unknown: list[str] = []
     deaths = [when for when, what in world.happened if "is killed" in what]
     num_nodes = len(world.machines)
     for number, when in enumerate(deaths):
-        before = [rate for at_s, rate in rates if when - 1.0 <= at_s + 0.1 <= when]
+        before = [rate for at_s, rate in rates if when - 1.0 <= at_s + BIN_S <= when]
         joined = sum(1 for at_s, what in world.happened if at_s <= when and "joins" in what)
         nodes = num_nodes - sum(1 for _, what in world.happened if "joins" in what) + joined - number
-        if not before or nodes < 2:
-            found.append(None)
-            continue
-        aim = part * sum(before) / len(before) * (nodes - 1) / nodes
-        after = [at_s for at_s, rate in rates if at_s >= when and rate >= aim]
-        found.append(round(max(0.0, after[0] - when), 2) if after else None)
-    return found
+        after = [(at_s, rate) for at_s, rate in rates if at_s >= when]
+        recovered_s, why = None, ""
+        if not before:
+            why = f"no rate to come back to: no whole {BIN_S:g} s, of which a rate is taken, had passed"
+        elif nodes < 2:
+            why = "no node was left"
+        elif not after:
+            why = f"no rate since: all was done at {world.now:.2f} s, before the next whole {BIN_S:g} s had passed"
+        else:
+            aim = part * sum(before) / len(before) * (nodes - 1) / nodes
+            recovered_s = next((round(max(0.0, at_s - when), 2) for at_s, rate in after if rate >= aim), None)
+            why = f"the rate did not come back to {aim:,.0f} tasks/s, to the end at {world.now:.2f} s"
+        found.append(recovered_s)
+        if recovered_s is None:
+            unknown.append(f"killed at {when:.2f} s: {why}")
+    return found, unknown
 
 
 # ---------------------------------------------------------------- Fig 8b: scaling
