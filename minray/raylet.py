@@ -176,7 +176,10 @@ class Raylet:
             now = clock.now()
             if self.submitted or self._references.born or self._references.dropped or self._unpinned:
                 self._drain_locked(now)
+            rows_waited = self._flush_at is not None
             self._do(self.node.handle(event, now))
+            if not rows_waited:
+                self.wake()  # Who polls already sleeps perhaps until there is news, and must send the rows of this.
 
     def _after(self) -> None:
         """With the lock free: wake who was answered, and let a Ctrl-C that had to wait be felt."""

@@ -11,6 +11,7 @@ import sys
 import time
 import tracemalloc
 
+import conftest
 import numpy as np
 import pytest
 
@@ -799,6 +800,25 @@ def test_a_small_object_takes_at_most_400_bytes(session):
     tracemalloc.stop()
     assert size / count <= 400, f"{size / count:.0f} bytes a ref"
     del refs
+
+
+def test_the_rows_of_what_is_put_leave_without_another_call(session):
+    """Nobody else has anything to say meanwhile: a driver that puts, and then computes, is heard all the same."""
+    core = api._core
+
+    def wait_until(condition):
+        started = time.monotonic()
+        while not condition():
+            assert time.monotonic() < started + conftest.within(5), "rows wait"
+            time.sleep(0.01)
+
+    wait_until(lambda: all(worker.pid for worker in core.node.scheduler.workers.values()))
+    refs = []
+    for _ in range(3):
+        wait_until(lambda: core.raylet._flush_at is None)
+        time.sleep(0.1)  # The caretaker sleeps by now, until there is news.
+        refs.append(minray.put(1))
+        wait_until(lambda: not core.node.lineage.new_objects)
 
 
 def test_objects_put_and_dropped_one_by_one_do_not_grow_memory(session):
