@@ -1,7 +1,7 @@
 """ObjectRef: the future of a value.
 
 A ref *is* its ID: a subclass of bytes.  Hashing, comparing and looking it up in a table
-then run in C, and a million refs take 56 bytes each (measured: half of an object that
+then run in C, and a million refs take 80 bytes each (half of an object that
 has an ID).  What bytes can do and a future should not (iteration, mostly: ``a, b = f.remote()``
 without ``num_returns=2``) is refused with a sentence.
 """
