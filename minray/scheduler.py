@@ -732,16 +732,18 @@ class Scheduler:
         return any(pool.total.get(name, 0) - held[name] < amount for name, amount in shape.resources)
 
     def held(self, now: float) -> list[WorkerRecord]:
-        """Hold workers that are silent; return those that have been held long enough to look what they execute."""
+        """Hold workers that are silent; return those that have been held long enough to look what they execute.
+
+        (abs(): nobody stands still for the time by which a clock has been set back.)"""
         due = []
         for worker in self.workers.values():
             if worker.held_s:
-                if now >= worker.held_s + LOOK_AFTER_S:
+                if abs(now - worker.held_s) >= LOOK_AFTER_S:
                     due.append(worker)
                 else:
                     self.wake_by(worker.held_s + LOOK_AFTER_S)
             elif worker.asked_s and len(worker.in_flight) > 1:
-                if now >= worker.asked_s + SILENT_S:
+                if abs(now - worker.asked_s) >= SILENT_S:
                     worker.held_s = now
                     self._out.append(HoldNext(worker.client))
                     self.wake_by(now + LOOK_AFTER_S)
@@ -765,8 +767,9 @@ class Scheduler:
                 continue
             mean_s = next(iter(worker.in_flight.values())).template.mean_s
             wait_s = TAKE_BACK_AFTER_S if mean_s is None else mean_s * ahead
-            if now - worker.progressed_s > TAKE_BACK_AFTER_S:
-                wait_s = max(wait_s, now - worker.progressed_s)  # Slower than it used to be.
+            silent_s = abs(now - worker.progressed_s)
+            if silent_s > TAKE_BACK_AFTER_S:
+                wait_s = max(wait_s, silent_s)  # Slower than it used to be.
             if wait_s < TAKE_BACK_AFTER_S:
                 self.wake_by(now + TAKE_BACK_AFTER_S)
             elif self.apart and not self._idle_for(shape):

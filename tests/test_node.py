@@ -337,7 +337,7 @@ def test_a_cancelled_task_that_is_given_back_is_not_run_elsewhere() -> None:
     assert "It had not started" in str(world.error(T2))
 
 
-def silent_worker() -> World:
+def silent_worker(set_back_s: float = 0.0) -> World:
     """Worker 1 has executed T1 and executes T3; T2 and T4 had been handed to it, and T4 was given to worker 2 unasked."""
     world = World(cpus=2)
     world.submit(T1, T2, T3, T4)
@@ -345,13 +345,18 @@ def silent_worker() -> World:
     world.handle(CancelRequested(DRIVER, T2, False, True))
     started = world.handle(WorkerStarted(2, 102))
     assert TakeBack(1, 1) in started
-    world.now += 2 * SILENT_S
+    world.now += 2 * SILENT_S - set_back_s
     assert world.handle(Ticked()) == [HoldNext(1)]
-    world.now += 2 * SILENT_S
+    world.now += 2 * SILENT_S - set_back_s
     commands = world.handle(Ticked(executing=((1, T3),)))
     assert Forget(1, [T4]) in commands
     assert to_run(commands) == [(2, [T4])]
     return world
+
+
+def test_a_clock_that_is_set_back_makes_nobody_wait_for_that_time() -> None:
+    world = silent_worker(set_back_s=3600.0)
+    assert world.node.lineage.tasks[T4].worker is world.node.scheduler.workers[2]
 
 
 def test_what_a_worker_gives_back_before_it_has_read_that_others_have_it_is_not_believed() -> None:
