@@ -233,7 +233,8 @@ class Driver(CoreWorker):
         return None if task_id in (ids.NIL, b"\0" * 16) else task_id
 
     def _hold_next(self, number: int, on: bool) -> None:
-        self.arena.write_view(hold_offset(number), 1)[0] = on
+        holds = self.arena.write_view(hold_offset(number), 1)
+        holds[0] = (holds[0] + 1) % 256 if on else 0
         if not on:  # A new worker: what stands there is of one long gone.
             self.arena.write_view(black_box_offset(number), 16)[:] = ids.NIL
 

@@ -111,7 +111,7 @@ class LocalWorker(Worker):
         self.arena = self.stage.arena
         self.loop = StageLoop(self.stage)
         self._black_box = memoryview(bytearray(16))
-        self._hold = memoryview(bytearray(1))
+        self._holds = memoryview(bytearray(1))
 
     def _settle_in(self) -> None:
         self.surroundings = _Surroundings()  # type: ignore[assignment]

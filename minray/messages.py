@@ -426,8 +426,8 @@ class TakeBack(NamedTuple):
 
 
 class HoldNext(NamedTuple):
-    """It does not answer: set a mark in shared memory, at which it will not start another task before it has read
-    the Forget that follows."""
+    """It does not answer: count that in shared memory.  It will not start another task before it has read as many
+    Forget commands: one follows each time.  (A mark would be taken away by the Forget of an earlier time.)"""
 
     client: int
 

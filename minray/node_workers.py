@@ -125,6 +125,7 @@ class NodeWorkers(NodePlacement):
         self.wire.append(Forget(worker.client, unstarted))
         if unstarted:
             worker.forgets += 1
+            worker.taking_back = True  # It is given none of them again before it has been heard.
             for task_id in reversed(unstarted):
                 worker.forgotten[task_id] = worker.forgets
                 self._unstarted(worker, worker.in_flight.pop(task_id))

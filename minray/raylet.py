@@ -95,7 +95,7 @@ class Raylet:
         self._answers: deque[tuple[Waiter, Any]] = deque()  # waiters to set when the lock is free
         self._on_output = on_output  # (worker, pid, stream, data, label); no data: it has ended
         self._running_task = running_task  # which task a worker executes, from shared memory
-        self._hold_next = hold_next  # mark there that a worker shall not start another, or (False) that it is new
+        self._hold_next = hold_next  # count there that a worker shall not start another, or (False) that it is new
         self._zygote = zygote
         self._channels: dict[int, Channel] = {}  # by worker number
         self._dying: dict[int, Channel] = {}  # of workers that are being killed although the node counts on them

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 SILENT_S = 0.01
 """A worker that was asked for tasks and is silent for so long executes C code that holds the GIL, or is stopped."""
 LOOK_AFTER_S = 0.005
-"""From the mark that holds a worker to the look at what it executes: a store in memory needs far less to be seen."""
+"""From a worker's being held to the look at what it executes: a store in memory needs far less to be seen."""
 TAKE_BACK_AFTER_S = 0.005
 """A task waits at most this long behind another while a worker is idle."""
 STARVED_S = 5.0
@@ -81,7 +81,7 @@ class WorkerRecord(Client):
         self.blocked = 0  # requests that a task of its stands still for
         self.taking_back = False  # asked to give tasks back, has not answered, or had none
         self.asked_s = 0.0  # when it was asked for tasks and has not been heard since; 0: it has
-        self.held_s = 0.0  # when it was marked to start nothing more; 0: it is not
+        self.held_s = 0.0  # when it was told to start nothing more; 0: it may
         self.forgets = 0  # how many times tasks were given to others without its word
         self.forgotten: dict[bytes, int] = {}  # those tasks, and which time that was, until it has read of it
         self.progressed_s = 0.0  # when it last finished or was given a first task

@@ -104,6 +104,7 @@ class Worker(CoreWorker):
             self.digester = Digester()
         self._open_channel(sock, config, number)
         self._forgets = 0
+        self._released = 0  # how many Forget commands it has read, modulo 256
         self._in_hand: tuple[Any, ...] | None = None  # what the main thread took from the queue last
         self._dropped: tuple[Any, ...] | None = None  # that one, if it was to be forgotten before it had started
         self.queue: deque[tuple[Any, ...]] = deque()  # tasks not yet started
@@ -161,7 +162,7 @@ class Worker(CoreWorker):
         os.close(wake_w)
         self.arena = Arena.attach(config["arena"])
         self._black_box = self.arena.write_view(black_box_offset(number), 16)
-        self._hold = self.arena.write_view(hold_offset(number), 1)  # set by the node, cleared here: see HoldNext
+        self._holds = self.arena.write_view(hold_offset(number), 1)  # how often the node has held it: see HoldNext
         self._reader = FrameReader()
         self._roused = False  # something was dropped or submitted while the caretaker slept
         self._spin = False  # the last read waited so little that spinning would have met it
@@ -205,9 +206,9 @@ class Worker(CoreWorker):
                     break
                 self._concurrent.take(task)
             else:
-                # First the ID, then the look: the node sets the mark first, and then looks for the ID.
+                # First the ID, then the look: the node counts first, and then looks for the ID.
                 self._black_box[:] = task[0]
-                if self._hold[0]:
+                if self._holds[0] != self._released:
                     self._stand_still(task)
                     continue
                 if self._dropped is task:
@@ -234,10 +235,10 @@ class Worker(CoreWorker):
         self.queue.appendleft(task)
         self._black_box[:] = ids.NIL
         self.flush()
-        while self._hold[0]:
+        while self._holds[0] != self._released:
             self._idle = True
             self._work.done = False
-            if self._hold[0]:
+            if self._holds[0] != self._released:
                 with suppress(KeyboardInterrupt):
                     self.loop.wait(self._work)
             self._idle = False
@@ -894,7 +895,7 @@ class Worker(CoreWorker):
         if self._in_hand is not None and self._in_hand[0] in forgotten:
             self._dropped = self._in_hand
         self._forgets += bool(task_ids)
-        self._hold[0] = 0
+        self._released = (self._released + 1) % 256
         if self._idle:
             self._work.set()
 

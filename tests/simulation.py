@@ -637,7 +637,7 @@ class Worker(Process):
         self.has_run = False
         self.queue: deque[tuple[Any, ...]] = deque()
         self.running: bytes | None = None  # the black box
-        self.held = False  # starts nothing before it is told what to forget
+        self.holds = self.released = 0  # while they differ it starts nothing: it is to be told what to forget
         self.forgets = 0
         self.numbers: dict[bytes, int] = {}  # of the tasks that it was handed
         self.unheard: dict[bytes, int] = {}  # those of them that it has executed, and of which the node does not know that
@@ -712,7 +712,7 @@ class Worker(Process):
         staying = [task for task in self.queue if task[0] not in task_ids]
         self.queue.clear()
         self.queue.extend(staying)
-        self.held = False
+        self.released += 1
         self.forgets += bool(task_ids)
         self.next()
 
@@ -806,7 +806,7 @@ class Worker(Process):
     def next(self) -> None:
         if self.code is not None or self.dead or self.is_stopped(self.next):
             return
-        if self.held:
+        if self.holds != self.released:
             self.flush()
             return
         if not self.queue or self.over:
@@ -1074,7 +1074,7 @@ class Machine:
                 self.processes[command.client] = self.everyone[command.client] = Worker(self, command.client)
                 self.after(self.rng.uniform(0.001, 0.02), self.started, command.client)
             elif type(command) is HoldNext:
-                self.everyone[command.client].held = True
+                self.everyone[command.client].holds += 1
             elif type(command) is Warn:
                 self.told_of_starvation = self.told_of_starvation or "hold too much" in command.text
             elif type(command) is DeleteFile:

@@ -359,6 +359,21 @@ def test_a_clock_that_is_set_back_makes_nobody_wait_for_that_time() -> None:
     assert world.node.lineage.tasks[T4].worker is world.node.scheduler.workers[2]
 
 
+def test_a_worker_that_could_not_be_asked_is_not_given_the_same_tasks_again_before_it_is_heard() -> None:
+    world = World(cpus=2)
+    world.submit(T1, T2, T3, T4)
+    world.finish(1, T1)
+    world.handle(WorkerStarted(2, 102))
+    world.now += 2 * SILENT_S
+    assert world.handle(Ticked()) == [HoldNext(1)]
+    assert to_run(world.handle(TasksReturned(1, [T4]))) == [(2, [T4])]  # That was on its way when it fell silent.
+    world.handle(ObjectsAwaited(2, 1, [T3], 1, False, True))  # So worker 1 is the only one that could have more.
+    world.now += 2 * SILENT_S
+    commands = world.handle(Ticked(executing=((1, T2),)))
+    assert Forget(1, [T3]) in commands and to_run(commands) == []
+    assert to_run(world.handle(WorkerStarted(3, 103))) == [(3, [T3])]
+
+
 def test_what_a_worker_gives_back_before_it_has_read_that_others_have_it_is_not_believed() -> None:
     world = silent_worker()
     world.finish(1, T3)
