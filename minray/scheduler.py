@@ -734,16 +734,16 @@ class Scheduler:
     def held(self, now: float) -> list[WorkerRecord]:
         """Hold workers that are silent; return those that have been held long enough to look what they execute.
 
-        (abs(): nobody stands still for the time by which a clock has been set back.)"""
+        (Nobody stands still for the time by which a clock has been set back.)"""
         due = []
         for worker in self.workers.values():
             if worker.held_s:
-                if abs(now - worker.held_s) >= LOOK_AFTER_S:
+                if not worker.held_s <= now < worker.held_s + LOOK_AFTER_S:
                     due.append(worker)
                 else:
                     self.wake_by(worker.held_s + LOOK_AFTER_S)
             elif worker.asked_s and len(worker.in_flight) > 1:
-                if abs(now - worker.asked_s) >= SILENT_S:
+                if not worker.asked_s <= now < worker.asked_s + SILENT_S:
                     worker.held_s = now
                     self._out.append(HoldNext(worker.client))
                     self.wake_by(now + LOOK_AFTER_S)

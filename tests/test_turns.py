@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from test_scheduler import Bench
 
+import conftest
 import minray
 from minray import api
 from minray.lineage import Task
@@ -343,4 +344,5 @@ def test_real_parents_that_stand_still_are_few(cpus: int) -> None:
 
     with minray.init(num_cpus=2):
         pids = set().union(*minray.get([parent.remote() for _ in range(60)]))
-        assert len(pids) <= 3 * api.core().node.scheduler.many  # type: ignore[union-attr]
+        # Their number grows with the time that children take, and that with how busy the machine is.
+        assert len(pids) <= conftest.within(3 * api.core().node.scheduler.many)  # type: ignore[union-attr]
