@@ -154,7 +154,7 @@ class SharedObjects(Node):
             self._named.append(entry)
         elif self._waits_for_orphans(entry):
             self._yield_to(entry, told_by)
-        elif not self._is_orphan(entry):
+        elif not self._is_orphan(entry) or self._has_it_from_us(entry, client):
             return
         elif entry.task is None and told_by is not None:
             entry.task = told_by
@@ -163,6 +163,12 @@ class SharedObjects(Node):
         self._take_reference(client, object_id)
         if entry.waiters or entry.refs > 0:
             self._ask(entry)
+
+    def _has_it_from_us(self, entry: ObjectEntry, client: int) -> bool:
+        """The neighbour that names it has no other keeper than this node (nor makes it just now): two that keep it for
+        each other would wait for each other for ever."""
+        neighbour = self.neighbours[client]
+        return entry.object_id in neighbour.held and (entry.task is None or entry.task.worker is not neighbour)
 
     def _handle_will_come(self, entry: ObjectEntry, home: int) -> None:
         """The actor's home holds it for us already, and says when it is there, with the result of its creation."""

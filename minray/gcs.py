@@ -372,6 +372,7 @@ def _insist(step: Callable[[], T], sock: socket.socket, seq: int, paths: Sequenc
     hung_up = select.poll()
     hung_up.register(sock, 0)  # Without POLLIN: what is queued does not count as news.
     told = ""
+    is_last = False
     while True:
         try:
             done = step()
@@ -388,8 +389,10 @@ def _insist(step: Callable[[], T], sock: socket.socket, seq: int, paths: Sequenc
                         kind = "disk_full"
                 _answer(sock, ("error", seq, kind, f"{error}{where}"))
                 told = kind
-            if kind in ("damaged", "invalid") or hung_up.poll(RETRY_S * 1000):
+            if kind in ("damaged", "invalid") or is_last:
                 raise  # It would fail for ever; or the driver is gone and there is no space: what is committed stays.
+            # When the driver has gone, once more: it may have made room, and have gone within this moment.
+            is_last = bool(hung_up.poll(RETRY_S * 1000))
 
 
 def _scarcest(paths: Sequence[str]) -> tuple[str, int]:

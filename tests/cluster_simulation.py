@@ -69,6 +69,7 @@ class Host(Machine):
             resources, store_bytes, lambda i: f"/spill-{node_no}/" + i.hex(), label=f"n{node_no}", node_no=node_no
         )
         self.is_over = False
+        self.given: dict[bytes, bool] = {}  # tasks, and whether some other node had executed them before
         self.carry_out(self.node.start_workers(cpus))
 
     def make_driver(self) -> Driver:
@@ -155,11 +156,15 @@ class Host(Machine):
             assert list(state) == answered[: len(state)], "an actor's state is not that of the calls that were answered"
 
     def check_raised(self, event: TasksFinished) -> None:
-        """Whoever gave a task knows how many of its attempts have raised: should it be lost, it runs it again."""
+        """Whoever gave a task knows how many of its attempts have raised: should it be lost, it runs it again.
+
+        (Not who gives it when it was known where it goes: its parent's second attempt, on another node than the first.)"""
         neighbour = self.node.neighbours.get(event.client)  # type: ignore[attr-defined]
         for task_id, status, *_ in event.results:
             task = neighbour.in_flight.get(task_id) if neighbour is not None else None
-            if task is not None and status == OK and not self.world.deaths and task.template.options.kind != ACTOR_CREATION:
+            if task is None or status != OK or self.world.deaths or self.given.get(task_id):
+                continue
+            if task.template.options.kind != ACTOR_CREATION:
                 assert task.raised == self.world.executed.get(task_id, 0), f"{ids.short(task_id)}: the giver has {task.raised}"
 
     def note_given(self, event: TasksGiven, before: int) -> None:
@@ -199,13 +204,15 @@ class Host(Machine):
 
     def note_names(self, command: TellNode) -> None:
         """A call's arguments are held until its result comes, or until its actor's home buries the actor: then the node where
-        it lived may hear of the call, and right behind it that the actor is released."""
+        it lived may hear of the call, and right behind it that the actor is released.  So with what its constructor is given."""
         named = self.world.named
         for event in command.events:
             if type(event) is TasksGiven:
                 for spec, *_ in event.tasks:
-                    if spec.actor_id is not None:
-                        named.setdefault((command.client, spec.actor_id), []).extend(spec.deps + spec.nested)
+                    self.given.setdefault(spec.task_id, spec.task_id in self.world.executed)
+                    actor_id = spec.actor_id if spec.actor is None else spec.task_id
+                    if actor_id is not None:
+                        named.setdefault((command.client, actor_id), []).extend(spec.deps + spec.nested)
             elif type(event) is ActorReleased:
                 self.world.let_go.update(named.pop((command.client, event.actor_id), ()))
 

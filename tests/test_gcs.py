@@ -343,3 +343,20 @@ def test_a_driver_that_goes_away_while_the_disk_is_full_ends_the_gcs(start, smal
     assert process.end() == 1
     assert "ends without having written everything: database or disk is full" in capfd.readouterr().err
     assert ask(small_disk / "gcs.sqlite", "SELECT count(*) FROM tasks") == [(1,)]
+
+
+@pytest.mark.parametrize("failures, written", [(1, True), (2, False)])
+def test_a_disk_on_which_there_was_room_before_the_driver_went_is_tried_once_more(failures: int, written: bool) -> None:
+    attempts = []
+
+    def step() -> str:
+        attempts.append(1)
+        if len(attempts) <= failures:
+            raise sqlite3.OperationalError("disk I/O error")
+        return "written"
+
+    ours, drivers = socket.socketpair()
+    drivers.close()
+    with ours, contextlib.nullcontext() if written else pytest.raises(sqlite3.OperationalError, match="disk I/O error"):
+        assert gcs._insist(step, ours, 1, ["/nowhere"]) == "written"
+    assert len(attempts) == 2
