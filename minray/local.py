@@ -413,10 +413,12 @@ class LocalDriver(Driver):
     def close(self) -> None:
         """End all strands; arrays that came from `get` stay readable."""
         self.end_futures("minray was shut down while this future was waited for")
-        self.stage.close()
-        self._let_go()
-        self.arena.close()
-        unguard_handlers()
+        try:
+            self.stage.close()
+        finally:  # Else the next time.sleep() would wait for its turn among strands that are gone.
+            self._let_go()
+            self.arena.close()
+            unguard_handlers()
 
 
 class _NoSession:

@@ -796,7 +796,10 @@ class Stage:
                 break
             self.parked.remove(strand)
             strand.thrown = RuntimeError(SHUT_DOWN) if strand.is_driver else Killed()
-            strand.bell.release()
+            with self.lock:
+                has_rung, strand.leads = strand.leads, False  # This thread has just passed it the lead, in `_leave`.
+            if not has_rung:
+                strand.bell.release()
             if strand.thread is not None and not strand.is_driver:
                 strand.thread.join(JOIN_S)
         for strand in self.resting:
