@@ -1,6 +1,6 @@
 """The node in a world of fake processes: see simulation.py.  `python tests/test_simulation.py 7` replays seed 7.
 
-MINRAY_SEEDS says how many seeds the suite runs: 10,000 in .ci/run, 100,000 (a quarter of an hour) before a release.
+MINRAY_SEEDS says how many seeds the suite runs: 10,000 in .ci/run, 100,000 (an hour or less on two cores) before a release.
 Whether this finds bugs is shown by those of tests/planted/, a patch each: see planted.py.
 """
 
