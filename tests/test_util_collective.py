@@ -159,7 +159,7 @@ def test_what_does_not_fit_together_is_an_error_in_all_members_and_the_group_goe
 
 def test_a_member_that_does_not_come_is_named():
     actors = [Member.remote() for _ in range(2)]
-    collective.create_collective_group(actors, 2, [0, 1], group_name="late", gloo_timeout=50)
+    collective.create_collective_group(actors, 2, [0, 1], group_name="late", gloo_timeout=1000)
 
     def alone():
         with pytest.raises(TimeoutError, match="barrier .* rank 1 did not come"):
@@ -170,7 +170,7 @@ def test_a_member_that_does_not_come_is_named():
 
     minray.get(actors[0].run.remote(alone))
     with pytest.raises(TimeoutError, match="rank 1 did not join"):
-        collective.init_collective_group(2, 0, group_name="nobody", gloo_timeout=50)
+        collective.init_collective_group(2, 0, group_name="nobody", gloo_timeout=1000)
 
 
 def test_a_group_is_left_and_made_again_by_tasks_too():
