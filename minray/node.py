@@ -88,6 +88,7 @@ class Node(NodeWorkers):
         self._leaving = {}
         self._pumps = {}
         self._start_failures = 0
+        self._start_failed_until = 0
         self._events_made = 0
         self.labels = {**(labels or {}), NODE_ID: ids.pack_id(session_id, 0, ids.NODE).hex()}
         self.groups = {}

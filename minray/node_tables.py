@@ -56,7 +56,8 @@ class NodeTables(ABC):
     _retired: list[int]  # blocks that are no object's, ever: the shell's own; where the arena has no memory behind it
     _leaving: dict[int, WorkerRecord]  # forgotten, but their processes may still touch the arena
     _pumps: dict[bytes, Actor]  # actors that may have calls to send
-    _start_failures: int  # in a row
+    _start_failures: int  # in a row, each of a worker that was started after the one before had failed
+    _start_failed_until: int  # the last worker that had been started when the last of these failed
     _events_made: int
     _dirty: list[Task]  # whose rows have changed
     _rows: dict[str, list[tuple[Any, ...]]]  # other rows to record, by table

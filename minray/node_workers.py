@@ -38,8 +38,9 @@ class NodeWorkers(NodePlacement):
         if worker is None:
             self._release_memory(event.client, now)
             return
-        if not worker.pid:
-            self._start_failures += 1
+        if not worker.pid and worker.client > self._start_failed_until:
+            self._start_failures += 1  # One, where several were starting: with their zygote they all die at once.
+            self._start_failed_until = self.scheduler.workers_made
         in_flight = list(worker.in_flight.values())
         running = event.running if event.running in worker.in_flight else None
         if running is None and in_flight:

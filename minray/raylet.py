@@ -19,6 +19,7 @@ Considered: a process of its own for the raylet (two more context switches a cal
 
 from __future__ import annotations
 
+import functools
 import os
 import select
 import socket
@@ -123,6 +124,7 @@ class Raylet:
         self.closed = False
         self.broken = ""  # why nothing can be run any more
         self._epoll.register(zygote.sock.fileno(), select.EPOLLIN)
+        zygote.watch_writable = functools.partial(self._watch_writable, zygote)
         self._outgoing: dict[int, list[tuple[Any, ...]]] = {}  # messages of the commands in hand, by worker
         self._doers: dict[type, Callable[[Any], None]] = {
             StartWorker: self._start_worker,
@@ -318,7 +320,7 @@ class Raylet:
                 elif kind == "gcs":
                     self._take_from_gcs(mask)
                 elif fd == self._zygote.sock.fileno():
-                    self._take_from_zygote(now)
+                    self._take_from_zygote(mask, now)
             if self.submitted or self._references.born or self._references.dropped or self._unpinned:
                 self._drain_locked(now)
             wake_at = self.node.wake_at
@@ -354,7 +356,9 @@ class Raylet:
             for message in messages:
                 self._do(self.node.handle(event_from_wire(number, message), now))
 
-    def _take_from_zygote(self, now: float) -> None:
+    def _take_from_zygote(self, mask: int, now: float) -> None:
+        if mask & select.EPOLLOUT:
+            self._zygote.send_backlog()
         notices = self._zygote.receive()
         if notices is None:
             self._zygote_died(now)
@@ -454,7 +458,6 @@ class Raylet:
         self._by_fd[channel.fd] = ("worker", command.client)
         self._epoll.register(channel.fd, select.EPOLLIN)
         self._zygote.start_worker(command.client, theirs)
-        theirs.close()
 
     def _reply(self, command: Reply) -> None:
         waiter = self._answered(command.request_id, command.answer)
@@ -479,9 +482,9 @@ class Raylet:
         with suppress(OSError):
             os.unlink(command.path)
 
-    def _watch_writable(self, channel: Channel, on: bool) -> None:
+    def _watch_writable(self, channel: Channel | ZygoteClient, on: bool) -> None:
         with suppress(OSError, ValueError):
-            self._epoll.modify(channel.fd, select.EPOLLIN | (select.EPOLLOUT if on else 0))
+            self._epoll.modify(channel.sock.fileno(), select.EPOLLIN | (select.EPOLLOUT if on else 0))
 
     # ------------------------------------------------------------ the GCS
 
@@ -492,7 +495,6 @@ class Raylet:
         self._by_fd[self._gcs.fd] = ("gcs", 0)
         self._epoll.register(self._gcs.fd, select.EPOLLIN)
         self._zygote.start_gcs(theirs)
-        theirs.close()
         for _, data in self._gcs_frames:
             self._gcs.send(data)
 

@@ -284,7 +284,7 @@ class Scheduler:
         self.starting = 0
         self.workers_for_cpus = max(1, resources.get("CPU", 0) // UNIT)  # one each, and at least one
         self.wake_at: float | None = None  # wants a Ticked event by then
-        self._workers_made = 0
+        self.workers_made = 0
         self._out = out
         self._run = run
 
@@ -665,9 +665,9 @@ class Scheduler:
             self.start_worker()
 
     def start_worker(self) -> WorkerRecord:
-        self._workers_made += 1
+        self.workers_made += 1
         self.starting += 1
-        worker = self.workers[self._workers_made] = WorkerRecord(self._workers_made)
+        worker = self.workers[self.workers_made] = WorkerRecord(self.workers_made)
         self._out.append(StartWorker(worker.client))
         return worker
 

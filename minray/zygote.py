@@ -31,6 +31,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -67,6 +68,8 @@ class ZygoteClient:
         self._config = config  # session directory, arena, what to preload: see `main`
         self._on_start = on_start  # with its pid
         self._deaths_in_silence = 0  # in a row, without a word since the start
+        self._backlog: deque[tuple[bytes, socket.socket | None]] = deque()  # asked of a zygote that takes nothing
+        self.watch_writable: Callable[[bool], None] = lambda on: None  # set by who calls `send_backlog`
         self.sock: socket.socket
         self._process: subprocess.Popen[bytes]
         self._start()
@@ -96,6 +99,7 @@ class ZygoteClient:
 
     def restart(self) -> bool:
         """Start another in the place of one that has died; False if that has been in vain before."""
+        self._drop_backlog()
         self.sock.close()
         self._process.kill()
         self._process.wait()
@@ -107,22 +111,43 @@ class ZygoteClient:
         return True
 
     def start_worker(self, number: int, sock: socket.socket) -> None:
+        """With that socket, which is closed here."""
         self._request(("worker", number, _search_path(), _directory()), sock)
 
     def start_gcs(self, sock: socket.socket) -> None:
+        """With that socket, which is closed here."""
         self._request(("gcs", GCS), sock)
 
     def kill_worker(self, number: int) -> None:
         self._request(("kill", number))
 
     def _request(self, message: tuple[Any, ...], sock: socket.socket | None = None) -> None:
-        data = pickle.dumps(message)
-        with suppress(OSError):  # The zygote has died: its EOF starts another, and what it was asked is asked again.
-            self.sock.setblocking(True)
-            try:
+        """Never waits: what a zygote that is stopped does not take is kept."""
+        self._backlog.append((pickle.dumps(message), sock))
+        if len(self._backlog) == 1:
+            self.send_backlog()
+            if self._backlog:
+                self.watch_writable(True)
+
+    def send_backlog(self) -> None:
+        try:
+            while self._backlog:
+                data, sock = self._backlog[0]
                 socket.send_fds(self.sock, [data], [sock.fileno()] if sock is not None else [])
-            finally:
-                self.sock.setblocking(False)
+                self._backlog.popleft()
+                if sock is not None:
+                    sock.close()
+        except BlockingIOError:
+            return
+        except OSError:  # The zygote has died: its EOF starts another, and what it was asked is asked again.
+            self._drop_backlog()
+        self.watch_writable(False)
+
+    def _drop_backlog(self) -> None:
+        for _, sock in self._backlog:
+            if sock is not None:
+                sock.close()
+        self._backlog.clear()
 
     def receive(self) -> list[tuple[Any, ...]] | None:
         """Its notices; None when it is dead."""
@@ -148,6 +173,7 @@ class ZygoteClient:
 
         What it still says (the last output of workers) goes to `on_notice`.
         """
+        self._drop_backlog()
         if self.sock.fileno() < 0:
             return False  # It could not be started again.
         with suppress(OSError):
@@ -175,6 +201,7 @@ class ZygoteClient:
 
     def forget(self) -> None:
         """In a process that the driver has forked: the zygote is the driver's alone."""
+        self._drop_backlog()
         self.sock.close()
         self._process.returncode = 0  # Not a child of this process, which must not wait for it.
 

@@ -802,6 +802,32 @@ def test_the_session_goes_on_when_the_zygote_is_killed(session, tmp_path):
         assert database.execute("SELECT count(*) FROM tasks WHERE finished_us IS NOT NULL").fetchone() == (2,)
 
 
+@pytest.mark.parametrize("goes_on", [True, False], ids=["goes on", "is killed"])
+def test_a_zygote_that_stands_still_holds_nobody(session, goes_on):
+    """More is asked of it than the kernel takes for it, and then more actors than there are workers."""
+
+    @minray.remote
+    class Adder:
+        def add(self, x):
+            return x + 1
+
+    assert minray.get(square.remote(2)) == 4
+    zygote, nobody = api._core.zygote, 1 << 20
+    os.kill(zygote.pid, signal.SIGSTOP)
+    with api._core.raylet.lock:
+        for _ in range(10_000):
+            zygote.kill_worker(nobody)
+    assert minray.get(square.remote(3)) == 9
+    actors = [Adder.remote() for _ in range(6)]
+    refs = [actor.add.remote(1) for actor in actors]
+    started = time.monotonic()
+    with pytest.raises(minray.exceptions.GetTimeoutError):
+        minray.get(refs, timeout=0.1)
+    assert time.monotonic() - started < conftest.within(1.0)
+    os.kill(zygote.pid, signal.SIGCONT if goes_on else signal.SIGKILL)
+    assert minray.get(refs, timeout=60) == [2] * 6
+
+
 def test_the_session_goes_on_when_the_gcs_is_killed(session):
     assert minray.get(square.remote(2)) == 4
     api.flush_records()

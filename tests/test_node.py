@@ -242,6 +242,21 @@ def test_workers_that_cannot_start_fail_what_waits_rather_than_let_it_wait_for_e
     assert "no worker could be started: exited with code 1. It was not run." in str(world.error(T1))
 
 
+def test_workers_that_die_together_while_they_start_are_one_failure() -> None:
+    """A zygote that is killed takes all with it that it had been asked for."""
+    world = World(workers=0, cpus=5)
+    tasks = [task_id(number) for number in range(1, 6)]
+    for task in tasks:
+        world.submit(task)
+    for attempt in range(1, START_ATTEMPTS + 1):
+        starting = [worker.client for worker in world.node.scheduler.workers.values()]
+        assert len(starting) == 5
+        assert not any(world.node.objects[task].data for task in tasks), f"they failed at attempt {attempt}"
+        for client in starting:
+            world.handle(WorkerDied(client, "was killed with the zygote, its parent", None))
+    assert all("no worker could be started" in str(world.error(task)) for task in tasks)
+
+
 def test_a_childs_result_survives_its_parents_first_attempt() -> None:
     """The first attempt dies and its refs with it; the second submits the same child and waits for it."""
     world = World(workers=3, cpus=3)
