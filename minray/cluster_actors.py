@@ -34,8 +34,8 @@ from minray.messages import (
 from minray.policy import Site
 from minray.scheduler import Client, Shape, WorkerRecord
 from minray.task_spec import (
-    ERROR, FAILED, FINISHED, OK, PENDING_ARGS_AVAIL, PENDING_NODE_ASSIGNMENT, RETRYABLE_ERROR, SUBMITTED_TO_WORKER,
-    ActorOptions, TaskSpec,
+    DEAD, ERROR, FAILED, FINISHED, OK, PENDING_ARGS_AVAIL, PENDING_NODE_ASSIGNMENT, RETRYABLE_ERROR,
+    SUBMITTED_TO_WORKER, ActorOptions, TaskSpec,
 )  # fmt: skip
 
 
@@ -279,7 +279,11 @@ class DistributedActors(GivenTasks):
         """An actor comes to live here.
 
         The record of its making stands only with the actor: under its ID this node may have one of its own, if it
-        was submitted here."""
+        was submitted here.  It may even live here already, made by its maker's former life: of which the maker's home
+        does not know, when it lets the next one make it again.  Then that one has ended."""
+        own = self.actors.actors.get(task.spec.task_id)
+        if own is not None and own.state != DEAD:
+            self._bury(own, "its maker has been restarted on another node, and has made it again", self._now)
         has_lived, number, checkpoint = extra
         options = ActorOptions(*task.spec.actor or ())._replace(name=None, detached=False, max_restarts=0)
         actor = self.actors.add(task, options, self._now)

@@ -27,7 +27,7 @@ HEAD = 1
 
 Places = tuple[int, ...]
 
-Report = tuple[bytes, Any, int, bool, tuple[bytes, ...]]
+Report = tuple[bytes, Any, int, int, tuple[bytes, ...]]
 """(object_id, data, size, is_error, nested): what a node says of an object: bytes, or the places where it lies."""
 
 # ---------------------------------------------------------------- events: from another node

@@ -81,6 +81,7 @@ class ClusterNode(DistributedActors):
         self._replays = {}
         self._unsafe = {}
         self._forsaken = []
+        self._runs_first = {}
         self._questions = {}
         self._questions_made = 0
         self._beat_at: float | None = None

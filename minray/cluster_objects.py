@@ -30,8 +30,8 @@ from minray.cluster_messages import (
     CopiesChanged, FetchFailed, HandlesNamed, ObjectArrived, ObjectsReported, Places, Report,
 )  # fmt: skip
 from minray.exceptions import error_payload
-from minray.lineage import ObjectEntry, Request, Task
-from minray.messages import Event, FetchObject, ObjectLost, ObjectsAwaited, ReferencesChanged, TellNode
+from minray.lineage import GONE, ObjectEntry, Request, Task
+from minray.messages import Event, FetchObject, ObjectLost, ObjectPut, ObjectsAwaited, ReferencesChanged, TellNode
 from minray.node import Node
 from minray.object_store import partial_path
 from minray.scheduler import WorkerRecord
@@ -81,6 +81,7 @@ class SharedObjects(Node):
     _named: list[ObjectEntry]  # by a message in hand: those that nobody holds in the end are freed again
     _fetches: dict[int, tuple[ObjectEntry, int, tuple[Any, ...]]]  # by number: what, from where, into which room
     _fetches_made: int
+    _runs_first: dict[bytes, Request]
     _staying: dict[bytes, Task]  # tasks that will run here, once what they need has been fetched
 
     # ------------------------------------------------------------ what is said
@@ -154,8 +155,8 @@ class SharedObjects(Node):
             self._named.append(entry)
         elif self._waits_for_orphans(entry):
             self._yield_to(entry, told_by)
-        elif not self._is_orphan(entry) or self._has_it_from_us(entry, client):
-            return
+        elif not self._is_orphan(entry) or object_id in self.neighbours[client].held:
+            return  # (Two nodes that keep it for each other would wait for each other for ever.)
         elif entry.task is None and told_by is not None:
             entry.task = told_by
             told_by.live_returns += 1
@@ -163,12 +164,6 @@ class SharedObjects(Node):
         self._take_reference(client, object_id)
         if entry.waiters or entry.refs > 0:
             self._ask(entry)
-
-    def _has_it_from_us(self, entry: ObjectEntry, client: int) -> bool:
-        """The neighbour that names it has no other keeper than this node (nor makes it just now): two that keep it for
-        each other would wait for each other for ever."""
-        neighbour = self.neighbours[client]
-        return entry.object_id in neighbour.held and (entry.task is None or entry.task.worker is not neighbour)
 
     def _handle_will_come(self, entry: ObjectEntry, home: int) -> None:
         """The actor's home holds it for us already, and says when it is there, with the result of its creation."""
@@ -198,13 +193,21 @@ class SharedObjects(Node):
         away = entry.away
         assert away is not None
         away.fetch_no = 0
-        if entry.replays and self._is_foreign(entry):
-            away.places, away.asked = [], False  # A replay may ask for it.
+        is_coming = entry.task is not None and entry.task.spec.actor is not None and entry.task.state < FINISHED
+        if entry.replays and (is_coming or self._is_foreign(entry)):  # A replay may ask for it.
+            away.places, away.asked = [], is_coming
             return
         entry.away = None
-        is_coming = entry.task is not None and entry.task.spec.actor is not None and entry.task.state < FINISHED
         if away.keeper and not is_coming:  # What is owed must not be freed: an actor's home gets its handle back later.
             self._give_reference_back(away.keeper, entry.object_id)
+
+    def handle_object_put(self, event: ObjectPut, now: float) -> None:
+        """A second attempt puts again here what was put elsewhere: its home is here from now on."""
+        super().handle_object_put(event, now)
+        entry = self.objects[event.object_id]
+        if entry.away is not None and entry.away.keeper:
+            self._give_reference_back(entry.away.keeper, entry.object_id)
+            entry.away = None
 
     # ------------------------------------------------------------ waiting
 
@@ -257,13 +260,19 @@ class SharedObjects(Node):
                 self._acquire(neighbour, object_id)
             self._owe(neighbour, OF_OBJECT, [object_id], None)
 
-    def _owe(self, neighbour: Neighbour, kind: int, object_ids: list[bytes], task: Task | None) -> None:
-        """It will be told when they are ready anywhere."""
+    def _owe(
+        self, neighbour: Neighbour, kind: int, object_ids: list[bytes], task: Task | None, runs_first: bool = False
+    ) -> None:
+        """It will be told when they are ready anywhere.
+
+        `runs_first`: not before the task has run, also if they are: it does so to bring back what they name."""
         pending = [e for e in map(self.objects.__getitem__, object_ids) if not self.is_available(e)]
-        request = Request(neighbour.client, kind, object_ids, len(pending), False, False)
+        request = Request(neighbour.client, kind, object_ids, len(pending) + runs_first, False, False)
         for entry in pending:
             self.lineage.wait_for(entry, request)
-        if pending:
+        if task is not None and runs_first:
+            self._runs_first[task.spec.task_id] = request
+        if request.remaining:
             neighbour.awaits[kind, object_ids[0]] = request
         else:
             self._reports.append((request, task, None))
@@ -365,7 +374,7 @@ class SharedObjects(Node):
 
         Only what a keeper keeps for us: at the root of its references a value stays, be it in a file.  (Two nodes that
         each trusted in the other's copy would lose it.)  And not those that somebody here waits to read: they would be
-        fetched again at once."""
+        fetched again at once.  Nor an actor's checkpoint: it counts because a copy of it is here."""
         arena = self.lineage.arena
         wanted: dict[bytes, None] = {}
         for entry in list(self.lineage.in_arena.values()):
@@ -388,6 +397,9 @@ class SharedObjects(Node):
         for client in (self.driver, *self.scheduler.workers.values()):
             for request in client.requests.values():
                 wanted.update(dict.fromkeys(request.object_ids))
+        for actor in self.actors.actors.values():
+            if actor.recovery is not None and actor.recovery.checkpoint is not None:
+                wanted[actor.recovery.checkpoint] = None
         return wanted
 
     def _drop_copy(self, entry: ObjectEntry) -> None:
@@ -536,6 +548,9 @@ class SharedObjects(Node):
                     self.lineage.wait_for(entry, request)
 
     def _rebuild(self, entry: ObjectEntry) -> None:
+        task = entry.task
+        if task is not None and task.spec.actor is not None and type(task.worker) is Neighbour and entry.away is None:
+            self._handle_will_come(entry, task.worker.client)  # A second attempt of its maker has asked for it.
         away = entry.away
         if away is not None and (away.keeper or away.places):
             if entry.waiters and not away.places:
@@ -549,6 +564,6 @@ class SharedObjects(Node):
             )
             error = error_payload("ObjectLostError", message)
             self._event("object_not_rebuilt", entry.object_id, "no task is known whose replay would make it", self._now)
-            self.lineage.seal(entry, (error, len(error), ()), True, self._now)
+            self.lineage.seal(entry, (error, len(error), ()), GONE, self._now)
             return
         super()._rebuild(entry)

@@ -23,15 +23,15 @@ from typing import Any
 from minray import ids
 from minray.cluster_messages import AttemptRaised, TasksGiven
 from minray.cluster_objects import OF_RESULT, Away, Neighbour, SharedObjects
-from minray.lineage import ObjectEntry, Request, Task, Template
+from minray.lineage import GONE, ObjectEntry, Request, Task, Template
 from minray.messages import (
     CancelRequested, FunctionExported, TasksFinished, TasksSubmitted, TemplateDefined,
 )  # fmt: skip
 from minray.policy import Site
 from minray.scheduler import Shape, WorkerRecord
 from minray.task_spec import (
-    ACTOR_CREATION, CANCELLED, ERROR, FAILED, FINISHED, OK, PENDING_ARGS_AVAIL, RETRYABLE_ERROR, SUBMITTED_TO_WORKER,
-    UNIT, ActorOptions, TaskSpec,
+    ACTOR_CREATION, CANCELLED, ERROR, FAILED, FINISHED, OK, PENDING_ARGS_AVAIL, PENDING_NODE_ASSIGNMENT,
+    RETRYABLE_ERROR, SUBMITTED_TO_WORKER, UNIT, ActorOptions, TaskSpec,
 )  # fmt: skip
 
 
@@ -42,6 +42,7 @@ class GivenTasks(SharedObjects):
     _came_back: dict[bytes, Task]  # calls that we gave to the home of an actor that lives here
     _makers: dict[bytes, list[Orphan]]  # by a task that runs again: what it may bring back
     _forsaken: list[Orphan]  # what no task will bring back any more
+    _runs_first: dict[bytes, Request]  # by a task that was given, and whose result is known here: its giver's request
 
     # ------------------------------------------------------------ where a task shall run
 
@@ -324,7 +325,7 @@ class GivenTasks(SharedObjects):
         for object_id in returns:
             neighbour.held[object_id] = None
         if returns:
-            self._owe(neighbour, OF_RESULT, returns, task)
+            self._owe(neighbour, OF_RESULT, returns, task, runs_first=any(map(self.is_available, known)))
         if spec.actor_id is not None:
             task.caller = extra[0]
             self._enqueue_call(task)
@@ -382,7 +383,7 @@ class GivenTasks(SharedObjects):
     def _is_known(self, object_id: bytes, giver: int) -> bool:
         """Another node keeps it, or it has come.  (What the giver itself keeps for us it wants made here.)"""
         entry = self.objects.get(object_id)
-        if entry is None or entry.is_error or self._is_orphan(entry):
+        if entry is None or entry.is_error == GONE or self._is_orphan(entry):
             return False
         return entry.away is None or entry.away.keeper != giver
 
@@ -398,7 +399,7 @@ class GivenTasks(SharedObjects):
             if former is not None:
                 former.live_returns -= 1
                 self._forget_if_done(former)
-            if entry.is_error:
+            if entry.is_error == GONE:
                 entry.data, entry.is_error = None, False
             away, entry.away = entry.away, None
             if away is not None and away.keeper:
@@ -412,21 +413,39 @@ class GivenTasks(SharedObjects):
 
     def handle_tasks_submitted(self, event: TasksSubmitted, now: float) -> None:
         """A second attempt may submit what was lost with another node, or what is known here in part: of its several
-        results one that somebody was told of.  From now on their home is here."""
+        results one that somebody was told of.  From now on their home is here.
+
+        Or what the head keeps for us, and has not got: it may have been lost with a node that the head knew.  Then the
+        head has to make it again; it is given the task, and runs it if it has none of that ID."""
         templates = self._client(event.client).templates
-        replaced = []
+        replaced, kept_above = [], []
         for spec in event.specs:
             num_returns = templates[spec.template_no].options.num_returns
-            if spec.task_id in self.lineage.tasks or (num_returns < 2 and not self._makers):
+            is_kept_above = self.up != 0 and self._is_kept_above(spec)
+            if spec.task_id in self.lineage.tasks or (num_returns < 2 and not self._makers and not is_kept_above):
                 continue
             returns = [ids.return_id(spec.task_id, index) for index in range(num_returns)]
             known = [self.objects[object_id] for object_id in returns if object_id in self.objects]
-            if any(map(self._is_orphan, known)) or spec.task_id not in self.objects:
+            if is_kept_above or any(map(self._is_orphan, known)) or spec.task_id not in self.objects:
                 replaced += known
                 for entry in known:
                     del self.objects[entry.object_id]
+            if is_kept_above:
+                kept_above.append(spec.task_id)
         super().handle_tasks_submitted(event, now)
         self._take_over(replaced)
+        for task_id in kept_above:
+            task = self.lineage.tasks.get(task_id)
+            if task is not None and task.state < SUBMITTED_TO_WORKER and task not in self._handed_up:
+                if task.state == PENDING_NODE_ASSIGNMENT:
+                    self.scheduler.remove(task)
+                self._handed_up.append(task)
+
+    def _is_kept_above(self, spec: TaskSpec) -> bool:
+        entry = self.objects.get(spec.task_id)
+        if entry is None or spec.actor is not None or spec.actor_id is not None or self.is_available(entry):
+            return False
+        return entry.away is not None and entry.away.keeper == self.up
 
     # ------------------------------------------------------------ results
 
@@ -447,7 +466,8 @@ class GivenTasks(SharedObjects):
             # A call that was never begun is not in its actor's log.
             never_begun = task is not None and task.spec.actor_id is not None and not task.started_s
             result = (task_id, CANCELLED if never_begun else ERROR, (failed.data, text), started_s, finished_s)
-        elif task is not None and task.state == FAILED:  # It returns nothing, or a handle to an actor that died.
+        elif task is not None and task.state == FAILED and (not entries or task.spec.actor is not None):
+            # It returns nothing, or a handle to an actor that died.  (What is known of others is so in spite of that.)
             result = (task_id, ERROR, (b"", task.error or ""), started_s, finished_s)
         else:
             values = [self._describe_value(entry) for entry in entries]
@@ -469,11 +489,11 @@ class GivenTasks(SharedObjects):
     def handle_tasks_finished(self, event: TasksFinished, now: float) -> None:
         if event.client >= 0:
             super().handle_tasks_finished(event, now)
-            if self._makers:
+            if self._makers or self._runs_first:
                 for task_id, *_ in event.results:
                     ended = self.lineage.tasks.get(task_id)
                     if ended is None or ended.state >= FINISHED:
-                        self._makes_no_more(task_id)
+                        self._has_ended(task_id)
             return
         neighbour = self.neighbours[event.client]
         neighbour.progressed_s = now
@@ -573,8 +593,8 @@ class GivenTasks(SharedObjects):
         self._came_back.pop(task.spec.task_id, None)
         self._staying.pop(task.spec.task_id, None)
         super()._close(task, state)
-        if self._makers:
-            self._makes_no_more(task.spec.task_id)
+        if self._makers or self._runs_first:
+            self._has_ended(task.spec.task_id)
         if task.client < 0 and not task.template.options.num_returns:
             self._reports.append((Request(task.client, OF_RESULT, [task.spec.task_id], 0, False, False), task, None))
 
@@ -672,22 +692,33 @@ class GivenTasks(SharedObjects):
         for entry in lost:
             if entry.refs <= 0 or entry.data is not None:
                 continue
-            if entry not in orphans:
-                self._want_again(entry)
-                continue
-            if entry.task is not None and entry.task.state >= FINISHED:
-                self._want_again(entry)
-            makers = runnable
-            if entry.task is not None:
-                makers = [entry.task.spec.task_id] if entry.task.state < FINISHED else []
-            if entry.data is None and makers:
-                orphan = Orphan(entry, len(makers))
-                for task_id in makers:
-                    self._makers.setdefault(task_id, []).append(orphan)
+            if entry in orphans and entry.task is None and runnable:
+                self._may_come_back(entry, runnable)
             else:
                 self._want_again(entry)
 
-    def _makes_no_more(self, task_id: bytes) -> None:
+    def _may_come_back(self, entry: ObjectEntry, makers: list[bytes]) -> None:
+        """Any of these tasks may bring back what was lost with its keeper; when all have ended, it is known."""
+        if any(orphan.entry is entry for task_id in makers for orphan in self._makers.get(task_id, ())):
+            return
+        orphan = Orphan(entry, len(makers))
+        for task_id in makers:
+            self._makers.setdefault(task_id, []).append(orphan)
+        if not makers:
+            self._forsaken.append(orphan)
+
+    def _rebuild(self, entry: ObjectEntry) -> None:
+        super()._rebuild(entry)
+        task = entry.task
+        if task is not None and self._is_orphan(entry):
+            self._may_come_back(entry, [task.spec.task_id] if task.state < FINISHED else [])
+
+    def _has_ended(self, task_id: bytes) -> None:
+        request = self._runs_first.pop(task_id, None)
+        if request is not None and request.remaining > 0:
+            request.remaining -= 1
+            if not request.remaining:
+                self._request_ready(request)
         for orphan in self._makers.pop(task_id, ()):
             orphan.makers -= 1
             if not orphan.makers:

@@ -293,7 +293,7 @@ class Driver(CoreWorker):
         return value
 
     @uninterruptible  # Between the pin and the view that ends it.
-    def _fetch(self, ref: ObjectRef[Any]) -> tuple[bytes | memoryview, bool]:
+    def _fetch(self, ref: ObjectRef[Any]) -> tuple[bytes | memoryview, int]:
         with self.raylet.lock:
             fetched = self.node.fetch_for_driver(bytes(ref))
         if fetched is None:

@@ -82,6 +82,10 @@ def checkpoint_id(actor_id: bytes, count: int) -> bytes:
     return put_id(actor_id, CHECKPOINT_BIT | count)
 
 
+def checkpoint_number(object_id: bytes) -> int:
+    return index_of(object_id) & ~(PUT_BIT | CHECKPOINT_BIT)
+
+
 def is_put(object_id: bytes) -> bool:
     return bool(object_id[12] & 0x80)
 

@@ -171,7 +171,7 @@ class ObjectEntry:
         self.object_id = object_id
         self.data: Any = None  # None: pending; bytes: inline; int: offset in the arena; str: a file
         self.size = 0
-        self.is_error = False
+        self.is_error: int = False  # True: its task's; GONE: it stands for a value that is lost, or has been freed
         self.refs = refs
         self.pins = 0
         self.replays = 0
@@ -190,6 +190,7 @@ class ObjectEntry:
 
 
 READY, FREED, LOST = 1, 2, 3  # of OBJECT_STATES
+GONE = 2
 MAX_REPLAYABLE = 100_000
 """So many finished tasks keep their lineage for the large results that they have made."""
 MAX_CHILDREN = 1_000
@@ -300,7 +301,7 @@ class Lineage:
             self.promised[object_id] = None
         entry.refs += 1
 
-    def seal(self, entry: ObjectEntry, value: Value, is_error: bool, now: float) -> None:
+    def seal(self, entry: ObjectEntry, value: Value, is_error: int, now: float) -> None:
         """The value is there: wake everyone who waits for it."""
         entry.is_error = is_error
         self._fill(entry, value)
@@ -376,9 +377,11 @@ class Lineage:
                 task.live_returns += 1
                 if task.state == FINISHED:  # An actor that is still there for its last calls: a handle holds None.
                     entry.data, entry.size = CONSTRUCTED, len(CONSTRUCTED)
+                elif task.spec.actor is not None:
+                    self._wanted_again(entry)  # By another node, perhaps.
             else:
                 entry = self.objects[object_id] = ObjectEntry(object_id, None, 0)
-                entry.data, entry.is_error = freed_object_error(object_id), True
+                entry.data, entry.is_error = freed_object_error(object_id), GONE
                 entry.size = len(entry.data)
         entry.refs += 1
         if entry.refs == 1 and entry.replays and entry.data is None:

@@ -504,5 +504,5 @@ Value = tuple[Any, int, tuple[bytes, ...]]
 """(data, size, nested): where a value is: pickled bytes (inline), an int (its offset in the arena) or a
 str (its file); how many bytes; and the IDs of the objects that it contains."""
 
-Fetched = tuple[Any, int, bool, bytes]
+Fetched = tuple[Any, int, int, bytes]
 """(data, size, is_error, object_id): a value on its way to a reader; memory in the arena is pinned for that reader."""

@@ -160,7 +160,7 @@ class NodeExact(NodeStreams):
         older, recovery.checkpoint = recovery.checkpoint, checkpoint
         if older is not None:
             self.lineage.release(older)
-        recovery.num_checkpoints += 1
+        recovery.num_checkpoints = ids.checkpoint_number(checkpoint)  # Those before it may have come to nothing.
         recovery.fruitless = 0
         recovery.warned = False
         recovery.covered += num_covered

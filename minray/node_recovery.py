@@ -21,7 +21,7 @@ from typing import Any
 
 from minray import ids
 from minray.exceptions import error_payload
-from minray.lineage import ObjectEntry, Task, Template
+from minray.lineage import GONE, ObjectEntry, Task, Template
 from minray.messages import ArgumentLost, ObjectLost, Warn
 from minray.node_tasks import NodeTasks
 from minray.scheduler import Client
@@ -108,7 +108,7 @@ class NodeRecovery(NodeTasks):
             )
             self._event("object_not_rebuilt", object_id, refusal, self._now)
             error = error_payload(kind, message)
-            self.lineage.seal(entry, (error, len(error), ()), True, self._now)
+            self.lineage.seal(entry, (error, len(error), ()), GONE, self._now)
             return
         if is_running:  # Its turn comes when this run has ended.
             self._go_on_or_start_over(task)

@@ -63,6 +63,7 @@ class Host(Machine):
     def __init__(self, world: World, node_no: int, resources: dict[str, int], store_bytes: int, cpus: int) -> None:
         self.world = world
         self.node_no = node_no
+        self.label = f"node {node_no}: "
         self.resources = resources
         super().__init__()
         self.node = ClusterNode(
@@ -453,6 +454,9 @@ class World:
             self.at(self.now + rng.uniform(0.02, 0.2), self.on_some_host, "lose_something")
         for _ in range(rng.choice((0, 0, 1, 5))):
             self.at(self.now + rng.uniform(0.02, 0.2), self.on_some_host, "stop_someone")
+        if self.seed % 4 == 1:  # The others are the runs that they were before.
+            for _ in range(rng.choice((1, 1, 2))):
+                self.at(self.now + rng.uniform(0.0, 0.3), self.on_some_host, "kill_zygote")
         for _ in range(rng.choice((0, 0, 1, 1, 2))):
             self.at(self.now + rng.uniform(0.02, 0.3), self.kill_node)
         for _ in range(rng.choice((0, 0, 0, 1, 2))):

@@ -6,8 +6,8 @@ A `Machine` is a node with its processes; here it stands alone (`Simulation`), i
 dependencies, objects of all sizes, actors with and without names and recovery, waits with and without a time limit,
 cancel, kill) while things go wrong:
 
-* workers die, also an actor's next one soon after the first, or do not start; the news of it may overtake what they have
-  said, or come twice;
+* workers die, also an actor's next one soon after the first, or all at once, or do not start; the news of it may overtake
+  what they have said, or come twice;
 * they stand still (SIGSTOP, or code that holds the GIL), and neither hear nor speak meanwhile;
 * messages take random time, some very long, in order for each process;
 * objects are lost in any place, files unnoticed; memory or disk fails; checkpoints cannot be written;
@@ -41,7 +41,7 @@ from collections.abc import Callable, Generator, Iterator
 from random import Random
 from typing import Any
 
-from minray import actor_table, ids, lineage, node_exact
+from minray import actor_table, ids, lineage, node_exact, node_workers
 from minray.messages import (
     DRIVER, ActorKillRequested, ArgumentLost, Command, DeleteFile, Event, GcsRecovered, GcsStalled, HoldNext, ItemsRequested, KillWorker, ObjectLost, ObjectPut, PlacementGroupRemoved, PlacementGroupRequested, ReferencesChanged, Reply, RunTasks, StartWorker, TasksFinished, TasksSubmitted,
     Ticked, Warn, WorkerDied, WorkerStarted, event_from_wire,
@@ -643,6 +643,8 @@ class Worker(Process):
         self.unheard: dict[bytes, int] = {}  # those of them that it has executed, and of which the node does not know that
         self.exiting = self.over = False
         self.started_s = 0.0
+        self.asked_for = sim.starts
+        self.is_up = False
         self.inbox: deque[list[Command]] = deque()  # while it stands still
         self.heard_at = self.spoken_at = 0.0
         self.actor_refs: list[bytes] = []
@@ -874,6 +876,7 @@ class Machine:
     """A node with its processes.  The time, the seed and what goes wrong are its world's: `Simulation`, for one alone; the
     `World` of cluster_simulation.py, for several."""
 
+    label = ""  # of the node, in the story
     seed: int
     rng: Random
     now: float
@@ -919,6 +922,8 @@ class Machine:
         self.late_results = 0  # that came from whoever the node does not listen to
         self.unrecorded: set[int] = set()  # numbers of tasks of which the GCS is not told by this node; never iterated
         self.told_of_starvation = False
+        self.starts = 0  # that failed, those that failed together being one
+        self.failed_starts = 0  # in a row
         self.processes: dict[int, Worker] = {}
         self.graves: dict[int, Worker] = {}
         self.driver = self.make_driver()
@@ -986,7 +991,7 @@ class Machine:
                 shown = event._replace(specs=[spec.to_wire() for spec in event.specs])  # type: ignore[misc]
             text = f"{self.now:.6f} {shown} -> {commands}"
             self.trace.update(text.encode())
-            self.story.append(text)
+            self.story.append(self.label + text)
         if before is not None:
             self.note_submitted(event, before)
         if event.client == DRIVER:
@@ -1102,6 +1107,8 @@ class Machine:
         if self.faulty and self.rng.random() < 0.03:
             self.die(process, "did not start")
         else:
+            process.is_up = True
+            self.failed_starts = 0
             self.handle(WorkerStarted(client, 10_000 + client))
 
     def note_handed(self, command: RunTasks) -> None:
@@ -1124,6 +1131,14 @@ class Machine:
             self.die(victim, "was killed by SIGKILL")
             if victim.actor_id is not None and self.rng.random() < 0.5:
                 self.after(self.rng.uniform(0.01, 0.08), self.kill_someone, victim.actor_id)
+
+    def kill_zygote(self) -> None:
+        """All die at once, also who has not started yet.  The news of the idle ones is sent first, as by `Raylet`."""
+        if self.faulty:
+            workers = self.node.scheduler.workers
+            busy = {client for client in self.processes if client in workers and workers[client].in_flight}
+            for process in sorted(self.processes.values(), key=lambda process: process.client in busy):
+                self.die(process, "was killed with the zygote, its parent")
 
     def stop_someone(self) -> None:
         if self.faulty and self.processes:
@@ -1163,7 +1178,11 @@ class Machine:
         self.at(when, self.bury, process, reason)
 
     def bury(self, process: Worker, reason: str) -> None:
+        if not process.is_up and process.asked_for == self.starts:
+            self.starts += 1  # Who was asked for before that belongs to the same failure.
+            self.failed_starts = (self.failed_starts + 1) % node_workers.START_ATTEMPTS
         self.handle(WorkerDied(process.client, reason, process.running))
+        assert self.node._start_failures == self.failed_starts, "workers that did not start are miscounted"
         self.graves[process.client] = process
         self.unheard.update(process.unheard.values())
         if process.running is None:
@@ -1327,7 +1346,7 @@ class Simulation(Machine):
     def __init__(self, seed: int, keep_trace: bool = False, check_every: int = 1) -> None:
         self.seed = seed
         self.rng = Random(seed)
-        self.group_rng = Random(f"groups {seed}")
+        self.group_rng, self.zygote_rng = Random(f"groups {seed}"), Random(f"zygote {seed}")
         self.now = 1_000_000.0
         self.clock_is_off_s = 0.0  # what the node is told minus that
         self.faulty = True
@@ -1374,6 +1393,9 @@ class Simulation(Machine):
             self.after(self.rng.uniform(0.02, 0.2), self.set_clock)
         for _ in range(self.rng.choice((0, 0, 0, 1))):
             self.after(self.rng.uniform(0.02, 0.2), self.stall_gcs)
+        if self.seed % 4 == 1:
+            for _ in range(self.zygote_rng.choice((0, 1, 1, 2))):
+                self.after(self.zygote_rng.uniform(0.0, 0.2), self.kill_zygote)
         if self.seed % 4 == 3:  # The others are the runs that they were before there were groups.
             for _ in range(self.group_rng.choice((1, 3, 6))):
                 self.after(self.group_rng.uniform(0, 0.15), self.use_group)
