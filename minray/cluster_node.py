@@ -142,7 +142,8 @@ class ClusterNode(DistributedActors):
             elif self._named:
                 named, self._named = self._named, []
                 for entry in named:
-                    if entry.refs <= 0 and not entry.pins and not entry.replays:
+                    unheld = entry.refs <= 0 and not entry.pins and not entry.replays
+                    if unheld and self.objects.get(entry.object_id) is entry:
                         self.lineage.free(entry)
             else:
                 return

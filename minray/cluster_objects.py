@@ -435,6 +435,9 @@ class SharedObjects(Node):
             self._release_room(room)  # It was freed meanwhile.
             return
         away.fetch_no = 0
+        if entry.data is not None:
+            self._release_room(room)  # It was made here meanwhile.
+            return
         self.lineage.seal(entry, (room[1], entry.size, entry.nested), False, now)
         if away.keeper:
             self._tell(away.keeper, CopiesChanged(self.me, [entry.object_id], []))

@@ -240,7 +240,7 @@ class GivenTasks(SharedObjects):
                 task.worker = worker
                 worker.in_flight[task.spec.task_id] = task
             return
-        if self.neighbours or self._staying:
+        if self.neighbours or self._staying or self._makers:
             for position, task in enumerate(tasks):
                 if self._staying:
                     self._staying.pop(task.spec.task_id, None)
@@ -688,12 +688,15 @@ class GivenTasks(SharedObjects):
             if was_kept and self._is_foreign(entry):
                 orphans[entry] = None
             lost.append(entry)
-        runnable = [task.spec.task_id for task in retried if task.state < FINISHED and not task.missing]
+        runnable = [task.spec for task in retried if task.state < FINISHED and not task.missing]
         for entry in lost:
             if entry.refs <= 0 or entry.data is not None:
                 continue
-            if entry in orphans and entry.task is None and runnable:
-                self._may_come_back(entry, runnable)
+            if entry in orphans and entry.task is None and not ids.is_checkpoint(entry.object_id):
+                # What was given its name is none of its makers.
+                named = entry.object_id
+                makers = [spec.task_id for spec in runnable if named not in spec.deps and named not in spec.nested]
+                self._may_come_back(entry, makers)
             else:
                 self._want_again(entry)
 

@@ -82,6 +82,10 @@ def checkpoint_id(actor_id: bytes, count: int) -> bytes:
     return put_id(actor_id, CHECKPOINT_BIT | count)
 
 
+def is_checkpoint(object_id: bytes) -> bool:
+    return object_id[12] & 0xC0 == 0xC0
+
+
 def checkpoint_number(object_id: bytes) -> int:
     return index_of(object_id) & ~(PUT_BIT | CHECKPOINT_BIT)
 

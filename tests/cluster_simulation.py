@@ -159,11 +159,12 @@ class Host(Machine):
     def check_raised(self, event: TasksFinished) -> None:
         """Whoever gave a task knows how many of its attempts have raised: should it be lost, it runs it again.
 
-        (Not who gives it when it was known where it goes: its parent's second attempt, on another node than the first.)"""
+        (Not who gives it when it was known where it goes: its parent's second attempt, on another node than the first.  Nor
+        who hears of a result that was lost meanwhile, so that the task runs again there, and raises.)"""
         neighbour = self.node.neighbours.get(event.client)  # type: ignore[attr-defined]
         for task_id, status, *_ in event.results:
             task = neighbour.in_flight.get(task_id) if neighbour is not None else None
-            if task is None or status != OK or self.world.deaths or self.given.get(task_id):
+            if task is None or status != OK or self.world.deaths or self.world.losses or self.given.get(task_id):
                 continue
             if task.template.options.kind != ACTOR_CREATION:
                 assert task.raised == self.world.executed.get(task_id, 0), f"{ids.short(task_id)}: the giver has {task.raised}"
