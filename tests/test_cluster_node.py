@@ -13,13 +13,13 @@ from minray import ids
 from minray.cluster_messages import AttemptRaised, Expelled, FetchFailed, NodeDied, NodeJoined, ObjectArrived, TasksGiven
 from minray.cluster_node import HEARTBEAT_S, ROWS_A_NODE, SILENT_NODE_S, ClusterNode
 from minray.messages import (
-    DRIVER, BlockRequested, CheckpointTaken, Command, FetchObject, FunctionExported, ObjectLost, ObjectPut, ObjectsAwaited,
+    DRIVER, ActorKillRequested, BlockRequested, CheckpointTaken, Command, FetchObject, FunctionExported, ObjectLost, ObjectPut, ObjectsAwaited,
     ReferencesChanged, Reply, RestoreActor, RunTasks, StartWorker, TasksFinished, TasksSubmitted, TellNode, TemplateDefined, Ticked, Unpinned,
     WorkerDied, WorkerStarted,
 )  # fmt: skip
 from minray.policy import Policy
 from minray.task_spec import (
-    ACTOR_CREATION, ACTOR_METHOD, ALIVE, FAILED, FINISHED, OK, RETRYABLE_ERROR, TASK, UNIT, ActorOptions, TaskOptions, TaskSpec,
+    ACTOR_CREATION, ACTOR_METHOD, ALIVE, ERROR, FAILED, FINISHED, OK, RETRYABLE_ERROR, TASK, UNIT, ActorOptions, TaskOptions, TaskSpec,
 )  # fmt: skip
 
 F = b"f" * 16
@@ -45,6 +45,7 @@ def task_id(number: int, parent: bytes = ROOT) -> bytes:
 
 
 T1, T2, T3, T4, T5, T6 = (task_id(number) for number in range(1, 7))
+CHILD, PUT = task_id(1, T2), ids.put_id(T2, 1)  # of T2
 
 
 class Cluster:
@@ -59,7 +60,7 @@ class Cluster:
         self.stored: dict[int, int] = {}  # by node: blocks written
         self.mail: deque[tuple[int, Any]] = deque()
         self.told: set[tuple[int, int]] = set()
-        self.puts = 0
+        self.is_slow = False  # Copies that nodes fetch do not arrive.
         for amounts in resources:
             self.add(amounts, policy)
 
@@ -97,7 +98,9 @@ class Cluster:
                 self.said.append((-command.client, event))
                 self.mail.append((-command.client, event))
         elif isinstance(command, FetchObject):
-            if self.nodes[-command.client].fetch_for_driver(command.object_id) is None:
+            if self.is_slow:
+                pass
+            elif self.nodes[-command.client].fetch_for_driver(command.object_id) is None:
                 self.mail.append((number, FetchFailed(DRIVER, command.fetch_no, "it is not there")))
             else:
                 self.mail.append((-command.client, Unpinned(DRIVER, [command.object_id])))
@@ -133,11 +136,33 @@ class Cluster:
         (number,) = {number for number, _, task, _ in self.hands() if task == one}
         return number
 
-    def finish(self, one: bytes, payload: Any = b"value", status: int = OK) -> None:
-        number, client = next((number, client) for number, client, task, _ in self.hands() if task == one)
+    def holder(self, one: bytes) -> tuple[int, int]:
+        """The node and the worker that have it in hand."""
+        holders = [(number, client) for number, client, task, _ in self.hands() if task == one]
+        assert holders, "nobody has it in hand"
+        return holders[0]
+
+    def submit_in(self, parent: bytes, template: int, *children: bytes, **fields: Any) -> None:
+        """By the worker that has the parent in hand."""
+        number, client = self.holder(parent)
+        self.submit(template, *children, at=number, client=client, parent=parent, **fields)
+
+    def put_in(self, parent: bytes, object_id: bytes) -> None:
+        number, client = self.holder(parent)
+        self.handle(number, ObjectPut(client, object_id, (self.block(number, client, object_id), SIZE, ())))
+
+    def crash(self, one: bytes) -> None:
+        """The worker that executes it dies."""
+        number, client = self.holder(one)
+        self.handle(number, WorkerDied(client, "was killed by SIGKILL", one))
+
+    def finish(self, one: bytes, payload: Any = b"value", status: int = OK, nested: tuple[bytes, ...] = ()) -> None:
+        number, client = self.holder(one)
         self.now += 0.01
         if payload == "large":
-            payload = [(self.block(number, client, one), SIZE, ())]
+            payload = [(self.block(number, client, one), SIZE, nested)]
+        elif nested:
+            payload = [(payload, len(payload), nested)]
         self.handle(number, TasksFinished(client, [(one, status, payload, self.now - 0.01, self.now)]))
 
     def block(self, number: int, client: int, object_id: bytes) -> Any:
@@ -178,6 +203,16 @@ class Cluster:
 
     def given(self, to: int) -> list[bytes]:
         return [spec.task_id for at, event in self.said if at == to and isinstance(event, TasksGiven) for spec, *_ in event.tasks]
+
+    def let_all_go(self, *object_ids: bytes) -> None:
+        """All work is done, and neither the driver (these) nor any worker holds or reads anything: nothing is left."""
+        self.work()
+        self.release(*object_ids)
+        for number, node in self.nodes.items():
+            for client, worker in node.scheduler.workers.items():
+                self.handle(number, Unpinned(client, [one for one, count in worker.pins.items() for _ in range(count)]))
+                self.handle(number, ReferencesChanged(client, [], list(worker.held)))
+        self.nothing_is_left()
 
     def nothing_is_left(self) -> None:
         for number, node in self.nodes.items():
@@ -509,6 +544,99 @@ def test_an_exact_actor_is_made_again_elsewhere_from_its_checkpoint_and_the_call
     assert cluster.get(T2, T3, T4, T5) == [b"value", b"value", b"value", b"again"], "replies are not sent twice"
 
 
+def a_second_attempt_makes_its_actor_again() -> Cluster:
+    """T2 on node 2 has given an actor's making to the head; its worker died before the actor was there; now its next
+    attempt has submitted the actor, too."""
+    cluster = Cluster({"CPU": 1, "GPU": 1}, {"CPU": 1})
+    cluster.submit(PLAIN, T1)  # Keeps the head's CPU busy.
+    cluster.submit(PLAIN, T2)
+    cluster.submit_in(T2, ACTOR, CHILD, actor=ActorOptions("A", max_restarts=1))
+    cluster.crash(T2)
+    assert CHILD not in cluster.nodes[2].objects, "with its worker the handle went"
+    cluster.submit_in(T2, ACTOR, CHILD, actor=ActorOptions("A", max_restarts=1))
+    assert cluster.where(T2) == 2 and cluster.where(CHILD) == 1
+    return cluster
+
+
+def test_an_actor_that_a_second_attempt_found_on_its_way_can_be_killed() -> None:
+    cluster = a_second_attempt_makes_its_actor_again()
+    cluster.handle(2, ActorKillRequested(cluster.holder(T2)[1], CHILD, True))
+    assert CHILD not in [one for _, _, one, _ in cluster.hands()], "its home has heard of it"
+    cluster.let_all_go(T1, T2)
+
+
+def test_an_actor_that_a_second_attempt_found_on_its_way_ends_with_its_last_handle() -> None:
+    cluster = a_second_attempt_makes_its_actor_again()
+    cluster.finish(CHILD)
+    assert cluster.nodes[1].actors.actors[CHILD].state == ALIVE
+    cluster.let_all_go(T1, T2)
+
+
+def test_an_actor_ends_when_one_that_its_makers_next_life_has_made_comes_to_live_on_the_same_node() -> None:
+    made, call = task_id(1, T1), task_id(2, T1)
+    cluster = Cluster({"CPU": 1}, {"CPU": 1, "GPU": 3})
+    cluster.submit(ACTOR, T1, actor=ActorOptions("Maker", max_restarts=1))
+    cluster.submit_in(T1, ACTOR, made, actor=ActorOptions("Made"))
+    cluster.submit_in(T1, CALL, call, actor_id=made)
+    cluster.finish(made)
+    assert cluster.where(call) == 2
+    cluster.submit(ACTOR, T2, actor=ActorOptions("Another"))  # So node 3, where nobody lives, is the maker's next home.
+    cluster.add({"CPU": 1, "GPU": 1})
+    cluster.crash(T1)
+    assert cluster.where(T1) == 3 and cluster.where(call) == 2, "that call keeps the actor, though its handle has gone"
+    cluster.submit_in(T1, ACTOR, made, actor=ActorOptions("Made"))
+    assert cluster.where(made) == 2, "no other node has a GPU left"
+    assert call not in [one for _, _, one, _ in cluster.hands()]
+    cluster.let_all_go(T1, T2)
+
+
+def save(cluster: Cluster, number: int, large: bool = True) -> bytes:
+    """The actor on node 2 takes a checkpoint."""
+    worker = next(client for client, record in cluster.nodes[2].scheduler.workers.items() if record.actor is not None)
+    checkpoint = ids.checkpoint_id(T1, number)
+    value = (cluster.block(2, worker, checkpoint), SIZE, ()) if large else (b"state", 5, ())
+    cluster.handle(2, CheckpointTaken(worker, checkpoint, value, True))
+    return checkpoint
+
+
+def restore(cluster: Cluster) -> RestoreActor:
+    """Node 2 dies: what the actor's next instance, on node 3, starts from."""
+    cluster.kill(2)
+    cluster.finish(T1)
+    (command,) = [command for at, command in cluster.commands if at == 3 and isinstance(command, RestoreActor)]
+    return command
+
+
+def test_the_copy_of_a_checkpoint_stays_at_the_actors_home_whatever_else_needs_its_memory() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 1, "GPU": 1})
+    an_actor(cluster, EXACT, restarts=-1)
+    checkpoint = save(cluster, 1)
+    cluster.add({"CPU": 1, "GPU": 1})
+    cluster.submit(PLAIN, T2)  # Keeps the head busy.
+    for number in range(10, 22, 2):
+        pair = task_id(number), task_id(number + 1)
+        cluster.submit(LARGE, *pair)
+        for one in pair:
+            cluster.finish(one, "large")
+        cluster.get(*pair)  # The head fetches copies: more than there is room for.
+    copies = [one for one, entry in cluster.nodes[1].objects.items() if type(entry.data) is int]
+    assert len(copies) == 10 and checkpoint in copies
+    _, _, is_error, restored = restore(cluster).checkpoint
+    assert (is_error, restored) == (False, checkpoint)
+
+
+def test_a_checkpoint_has_its_number_also_if_the_one_before_it_never_arrives() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 1, "GPU": 1})
+    an_actor(cluster, EXACT, restarts=-1)
+    cluster.is_slow = True
+    save(cluster, 1)
+    save(cluster, 2, large=False)  # It travels in the message, and is there first.
+    cluster.add({"CPU": 1, "GPU": 1})
+    command = restore(cluster)
+    assert command.checkpoint[0] == b"state"
+    assert command.number == 2, "the next instance counts on from there: no ID is used twice"
+
+
 # ---------------------------------------------------------------- rows
 
 
@@ -649,3 +777,145 @@ def test_a_task_that_has_raised_and_is_given_to_another_node_takes_the_number_wi
     assert marks(cluster, 3, flaky) == [-1, -2] and cluster.nodes[1].lineage.tasks[flaky].raised == 2
     cluster.work()
     assert cluster.get(T1, T2) == [b"value"] * 2
+
+
+# ---------------------------------------------------------------- what is lost by name
+
+
+def a_replay_where_its_value_is_known(made: bytes, large: bool = False) -> Cluster:
+    """T2's value names what T2 has made, which is lost with node 2.  T2 runs again on node 3, which has been given that
+    value as T3's argument."""
+    cluster = Cluster({"CPU": 1}, {"CPU": 2})
+    cluster.submit(PLAIN, T1)  # Keeps the head busy.
+    cluster.submit(PLAIN, T2)
+    if made == PUT:
+        cluster.put_in(T2, PUT)
+    else:
+        cluster.submit_in(T2, LARGE, CHILD)
+        cluster.finish(CHILD, "large")
+    cluster.finish(T2, "large" if large else b"names it", nested=(made,))
+    cluster.add({"CPU": 2, "GPU": 1})
+    cluster.submit(ON_GPU, T3, deps=(T2,))
+    cluster.kill(2)
+    assert cluster.where(T2) == cluster.where(T3) == 3
+    return cluster
+
+
+def test_a_replay_runs_also_where_its_value_is_known_and_the_head_makes_the_child_that_it_keeps_for_others() -> None:
+    cluster = a_replay_where_its_value_is_known(CHILD)
+    assert cluster.get(CHILD) == [None], "the value that is known is no answer: T2 has to bring back what it names"
+    cluster.submit_in(T2, LARGE, CHILD)
+    assert cluster.given(1) == [CHILD]
+    cluster.work()
+    assert type(cluster.get(CHILD)[0]) is int
+    cluster.let_all_go(T1, T2, T3)
+
+
+def test_a_replay_that_fails_where_its_value_is_known_changes_nothing_of_it() -> None:
+    cluster = a_replay_where_its_value_is_known(CHILD, large=True)
+    for _ in range(3):  # It has run once, and max_retries is 3.
+        cluster.crash(T2)
+    assert type(cluster.get(T2)[0]) is int
+    assert type(cluster.error(CHILD)).__name__ == "ObjectLostError", "but what it names did not come back"
+    cluster.let_all_go(T1, T2, T3)
+
+
+def test_what_a_replay_puts_again_has_its_home_where_that_runs() -> None:
+    cluster = a_replay_where_its_value_is_known(PUT)
+    cluster.put_in(T2, PUT)  # Node 3 knew it through the head.
+    cluster.finish(T2, b"names it", nested=(PUT,))
+    assert type(cluster.get(PUT)[0]) is int
+    cluster.let_all_go(T1, T2, T3)
+
+
+def test_a_name_that_two_nodes_have_from_each_other_alone_is_lost() -> None:
+    cluster = a_replay_where_its_value_is_known(PUT)
+    cluster.finish(T2, b"names it", nested=(PUT,))  # It has not put that again.
+    assert cluster.get(PUT) != [None], "each would wait for the other"
+    assert type(cluster.error(PUT)).__name__ == "ObjectLostError"
+    cluster.let_all_go(T1, T2, T3)
+
+
+def test_a_lost_name_whose_maker_is_refused_at_once_is_an_error_and_not_waited_for() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 1, "GPU": 1})
+    cluster.submit(LARGE, T1)
+    cluster.finish(T1, "large")
+    cluster.submit(ON_GPU, T2, deps=(T1,))
+    cluster.put_in(T2, PUT)
+    cluster.finish(T2, b"names it", nested=(PUT,))
+    cluster.submit(LARGE, T3, deps=(PUT,))
+    assert cluster.where(T3) == 2
+    cluster.finish(T3, "large")
+    cluster.release(T2)  # So the name is kept for a replay of T3 alone.
+    cluster.kill(2)  # And with it the only GPU: T2 cannot bring back what T3 needs.
+    assert type(cluster.error(PUT)).__name__ == "ObjectLostError"
+    assert cluster.where(T3) == 1, "T3 is told so when it reads its argument"
+    cluster.let_all_go(T1, T3)
+
+
+def a_child_on_node_2(cluster: Cluster) -> None:
+    cluster.submit(PLAIN, T6)  # Keeps the head busy.
+    cluster.submit(LARGE, T2)
+    cluster.submit_in(T2, PLAIN, CHILD)
+    assert cluster.where(T2) == cluster.where(CHILD) == 2
+
+
+def run_parent_on_a_node_that_keeps_nothing(cluster: Cluster) -> None:
+    """Node 2 dies; T2's next attempt runs on one that gives each child to the head."""
+    cluster.add({"CPU": 2}, KeepsNothing())
+    cluster.kill(2)
+    assert cluster.where(T2) == 3
+
+
+def test_an_error_that_a_task_returned_is_its_result_when_another_attempt_of_its_parent_submits_it() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 2})
+    a_child_on_node_2(cluster)
+    cluster.finish(CHILD, (pickle.dumps(ValueError("no")), "ValueError: no"), ERROR)
+    cluster.finish(T2, "large", nested=(CHILD,))
+    cluster.handle(1, ReferencesChanged(DRIVER, [CHILD], []))  # The driver has read T2's value,
+    cluster.get(CHILD)  # and this one.
+    run_parent_on_a_node_that_keeps_nothing(cluster)
+    cluster.submit_in(T2, PLAIN, CHILD)
+    assert cluster.given(1) == [CHILD]
+    assert CHILD not in [one for _, _, one, _ in cluster.hands()], "it is not run a second time"
+    assert type(cluster.error(CHILD, at=3)) is type(cluster.error(CHILD)) is ValueError
+    cluster.let_all_go(T2, T6, CHILD)
+
+
+def test_a_child_that_was_lost_with_whoever_told_of_it_is_made_by_another_attempt_of_its_parent() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 2, "GPU": 1})
+    an_actor(cluster)
+    a_child_on_node_2(cluster)
+    cluster.finish(CHILD)
+    cluster.submit(CALL, T3, actor_id=T1)
+    cluster.finish(T3, b"names it", nested=(CHILD,))  # T2 had given it to the actor.
+    run_parent_on_a_node_that_keeps_nothing(cluster)
+    assert type(cluster.error(CHILD)).__name__ == "ObjectReconstructionFailedError", "a call is not run again"
+    cluster.submit_in(T2, PLAIN, CHILD)
+    cluster.finish(CHILD)
+    assert cluster.get(CHILD) == [b"value"]
+
+
+def test_a_child_that_was_lost_and_that_nobody_told_of_is_made_by_another_attempt_of_its_parent() -> None:
+    cluster = Cluster({"CPU": 1, "GPU": 1}, {"CPU": 2})
+    a_child_on_node_2(cluster)
+    cluster.finish(CHILD)
+    cluster.submit_in(T2, ACTOR, task_id(2, T2), nested=(CHILD,), actor=ActorOptions("A", max_restarts=1))
+    cluster.finish(T2, "large")
+    run_parent_on_a_node_that_keeps_nothing(cluster)
+    assert type(cluster.error(CHILD)).__name__ == "ObjectLostError", "the head knew it as an argument alone"
+    cluster.submit_in(T2, PLAIN, CHILD)
+    cluster.finish(CHILD)
+    assert cluster.get(CHILD) == [b"value"]
+
+
+def test_a_child_that_somebody_asked_for_before_it_was_there_is_made_nevertheless() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 1}, policy=KeepsNothing())
+    cluster.submit(PLAIN, T1)  # Keeps the head busy.
+    cluster.submit(PLAIN, T2)
+    cluster.get(CHILD)
+    assert "has been freed" in str(cluster.error(CHILD))
+    cluster.submit_in(T2, PLAIN, CHILD)
+    cluster.work()
+    assert cluster.get(CHILD) == [b"value"]
+    cluster.let_all_go(T1, T2, CHILD)
