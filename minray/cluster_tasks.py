@@ -412,21 +412,25 @@ class GivenTasks(SharedObjects):
             self.lineage.forget_if_unneeded(task)
 
     def handle_tasks_submitted(self, event: TasksSubmitted, now: float) -> None:
-        """A second attempt may submit what was lost with another node, or what is known here in part: of its several
+        """A second attempt may submit what was lost (with another node, say), or is known here in part: of its several
         results one that somebody was told of.  From now on their home is here.
 
         Or what the head keeps for us, and has not got: it may have been lost with a node that the head knew.  Then the
         head has to make it again; it is given the task, and runs it if it has none of that ID."""
-        templates = self._client(event.client).templates
+        client = self._client(event.client)
+        templates, recovery = client.templates, client.actor.recovery if client.actor is not None else None
+        logged = recovery.children.get(event.parent_task_id, {}) if recovery is not None else {}
         replaced, kept_above = [], []
         for spec in event.specs:
             num_returns = templates[spec.template_no].options.num_returns
-            is_kept_above = self.up != 0 and self._is_kept_above(spec)
-            if spec.task_id in self.lineage.tasks or (num_returns < 2 and not self._makers and not is_kept_above):
-                continue
             returns = [ids.return_id(spec.task_id, index) for index in range(num_returns)]
             known = [self.objects[object_id] for object_id in returns if object_id in self.objects]
-            if is_kept_above or any(map(self._is_orphan, known)) or spec.task_id not in self.objects:
+            if not known or spec.task_id in self.lineage.tasks or spec.task_id in logged:
+                continue
+            is_call = spec.actor is not None or spec.actor_id is not None
+            is_kept_above = not is_call and any(map(self._is_kept_above, known))
+            is_lost = any(self._is_orphan(entry) or (entry.is_error == GONE and not is_call) for entry in known)
+            if is_kept_above or is_lost or spec.task_id not in self.objects:
                 replaced += known
                 for entry in known:
                     del self.objects[entry.object_id]
@@ -441,11 +445,9 @@ class GivenTasks(SharedObjects):
                     self.scheduler.remove(task)
                 self._handed_up.append(task)
 
-    def _is_kept_above(self, spec: TaskSpec) -> bool:
-        entry = self.objects.get(spec.task_id)
-        if entry is None or spec.actor is not None or spec.actor_id is not None or self.is_available(entry):
-            return False
-        return entry.away is not None and entry.away.keeper == self.up
+    def _is_kept_above(self, entry: ObjectEntry) -> bool:
+        keeper = entry.away.keeper if entry.away is not None else 0
+        return self.up != 0 and keeper == self.up and not self.is_available(entry)
 
     # ------------------------------------------------------------ results
 

@@ -28,6 +28,7 @@ from minray.cluster_messages import (
     HEAD, ActorReleased, FetchFailed, LoadReported, NodeDied, NodeJoined, ObjectArrived, TasksGiven,
 )  # fmt: skip
 from minray.cluster_node import ROWS_A_NODE, SILENT_NODE_S, ClusterNode
+from minray.lineage import GONE
 from minray.messages import (
     DRIVER, ActorKillRequested, Command, FetchObject, ObjectLost, ReferencesChanged, TasksFinished, TellNode, Unpinned,
 )  # fmt: skip
@@ -267,7 +268,7 @@ class Host(Machine):
         for object_id, entry in self.node.objects.items():
             if entry.data is not None:
                 first, data, is_error = self.committed.get(object_id, (None, None, False))
-                if first is entry:
+                if first is entry and is_error != GONE:  # Else it may be made again, by another attempt of its maker.
                     same = type(entry.data) is not bytes or entry.data == data  # A large one may come again elsewhere.
                     assert same and entry.is_error == is_error, f"a value has changed: {ids.short(object_id)}"
                 self.committed[object_id] = (entry, entry.data, entry.is_error)

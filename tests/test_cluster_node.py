@@ -25,7 +25,7 @@ from minray.task_spec import (
 F = b"f" * 16
 ROOT = ids.root_task_id(b"cluster")
 CPU, GPU = ("CPU", UNIT), ("GPU", UNIT)
-PLAIN, ONCE, ON_GPU, MANY_CPUS, ACTOR, EXACT, CALL, LARGE, FLAKY = range(1, 10)
+PLAIN, ONCE, ON_GPU, MANY_CPUS, ACTOR, EXACT, CALL, LARGE, FLAKY, TWO = range(1, 11)
 TEMPLATES = {
     PLAIN: TaskOptions(TASK, F, "plain", resources=(CPU,)),
     ONCE: TaskOptions(TASK, F, "once", resources=(CPU,), max_retries=0),
@@ -36,6 +36,7 @@ TEMPLATES = {
     CALL: TaskOptions(ACTOR_METHOD, b"", "A.call", method="call", max_retries=0),
     LARGE: TaskOptions(TASK, F, "large", resources=(CPU,)),
     FLAKY: TaskOptions(TASK, F, "flaky", resources=(CPU,), retry_exceptions=True),
+    TWO: TaskOptions(TASK, F, "two", num_returns=2, resources=(CPU,)),
 }
 SIZE = 100_000
 
@@ -834,6 +835,33 @@ def test_a_name_that_two_nodes_have_from_each_other_alone_is_lost() -> None:
     assert cluster.get(PUT) != [None], "each would wait for the other"
     assert type(cluster.error(PUT)).__name__ == "ObjectLostError"
     cluster.let_all_go(T1, T2, T3)
+
+
+def test_a_name_that_is_freed_and_named_again_by_the_same_message_stays() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 2})
+    cluster.submit(PLAIN, T1)
+    cluster.submit(TWO, T2)
+    cluster.submit(MANY_CPUS, T3, deps=(T2,))  # Is refused as soon as it could run.
+    cluster.release(T2)  # So only T3 holds T2's first result.
+    cluster.submit_in(T2, PLAIN, CHILD)
+    cluster.finish(T2, [(b"names it", 8, (CHILD,)), (b"names it", 8, (CHILD,))])
+    cluster.finish(CHILD)
+    assert cluster.get(CHILD) == [b"value"]
+
+
+def test_a_child_that_was_lost_is_made_by_another_attempt_of_its_parent_at_the_head() -> None:
+    cluster = Cluster({"CPU": 1}, {"CPU": 2, "GPU": 1})
+    an_actor(cluster)
+    a_child_on_node_2(cluster)
+    cluster.finish(CHILD)
+    cluster.submit(CALL, T3, actor_id=T1)
+    cluster.finish(T3, b"names it", nested=(CHILD,))
+    cluster.kill(2)
+    cluster.finish(T6)
+    assert cluster.where(T2) == 1
+    cluster.submit_in(T2, PLAIN, CHILD)
+    cluster.work()
+    assert cluster.get(CHILD) == [b"value"]
 
 
 def test_a_lost_name_whose_maker_is_refused_at_once_is_an_error_and_not_waited_for() -> None:
