@@ -92,6 +92,7 @@ PLANTED = {
 }  # fmt: skip
 
 
+@pytest.mark.one_python
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ import pytest
 import minray
 from minray import options, testing
 
+pytestmark = pytest.mark.one_python
+
 EXACT = "checkpoint_every" in options.ACTOR
 
 # ---------------------------------------------------------------- the checker

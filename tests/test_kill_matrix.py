@@ -23,6 +23,8 @@ import minray
 from minray import api, options, state, testing
 from minray.task_spec import FINISHED
 
+pytestmark = pytest.mark.one_python
+
 EVERY = int(os.environ.get("MINRAY_KILL_EVERY", "12"))
 TIMEOUT_S = 120 + 8000 // EVERY
 ALONE, KILLS_A_SESSION = 48, 6

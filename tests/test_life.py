@@ -93,6 +93,7 @@ def test_a_session_is_a_context_manager_and_a_mapping():
     assert not minray.is_initialized()
 
 
+@pytest.mark.one_python
 def test_fifty_sessions_in_one_process_leave_nothing():
     started = sum(os.times()[:4])  # CPU time of this process and its children: other load on the machine is none.
     for number in range(50):

@@ -20,6 +20,8 @@ import pytest
 from minray import microbenchmark
 from minray.microbenchmark import PARTS, ROWS, Figure, Results, Stopwatch, main, median, number
 
+pytestmark = pytest.mark.one_python
+
 TOY_RAY = """
 class Ref:
     def __init__(self, value): self.value = value

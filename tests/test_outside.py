@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.one_python
+
 OUTSIDE = Path(__file__).parent / "outside"
 PROGRAMS = sorted((OUTSIDE / "programs").glob("*.py"))
 LIBRARIES = sorted((OUTSIDE / "libraries").glob("*.py"))

@@ -15,6 +15,8 @@ from minray.simulator.costs import Costs
 from minray.simulator.report import main
 from minray.simulator.workloads import run_fig8b, run_fig11a, run_fig11b
 
+pytestmark = pytest.mark.one_python
+
 FLOOD = ["--nodes", "4", "--tasks", "3000", "--seed", "7"]
 
 

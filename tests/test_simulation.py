@@ -50,6 +50,7 @@ def test_a_seed_is_the_same_run_under_every_hash_seed() -> None:
 # ---------------------------------------------------------------- can it find bugs?
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("bug", planted.names())
 def test_a_planted_bug_is_found(bug: str) -> None:
     found = planted.search(bug)
