@@ -71,11 +71,17 @@ class GivenTasks(SharedObjects):
                 self._handed_up.append(task)
         elif spec.deps and spec.actor is None and spec.task_id not in self._staying and self._has_large_arguments(task):
             self._place(task)
-        elif task.attempt or self.scheduler.feasible(shape) or self._feasible_nodes(shape):
-            # (What has run before waits for a node like the one that died.)
+        elif self.scheduler.feasible(shape) or self._feasible_nodes(shape):
             (self.scheduler.enqueue_first if task.attempt else self.scheduler.enqueue)(task)
         else:
             self._refuse(task)
+
+    def _refuse(self, task: Task) -> None:
+        """No node has what it needs.  What has run before waits for a node like the one that died."""
+        if task.attempt and not self.up and not task.template.shape.bound:
+            self.scheduler.enqueue_first(task)
+        else:
+            super()._refuse(task)
 
     def _has_large_arguments(self, task: Task) -> bool:
         return any(type(self.objects[object_id].data) is not bytes for object_id in task.spec.deps)
