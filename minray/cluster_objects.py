@@ -16,6 +16,8 @@ being written to disk.  A value is *available* if it is here or anywhere; only r
 us of the object makes it again*: its entry counts as one more result of the task whose result named it
 (`entry.task`), and that task is replayed like any other (node_recovery.py).  Its children have the same IDs, wherever
 it runs now, so the same names come back with a new keeper.  A name that does not come back is an error that says so.
+For that a replay has to run to its end, also where its own result is known; what it puts again has its home where it
+runs; and a child that only the head knows is given to the head, which knows whether anybody has it.
 
 Left out: reporting copies of copies (only the keeper is told), so a value that many nodes read is mostly fetched from
 the nodes that its keeper knows; and moving an object's home.
