@@ -71,6 +71,7 @@ class ClusterNode(DistributedActors):
         self._available = []
         self._reports = []
         self._named = []
+        self._unnamed = []
         self._fetches = {}
         self._fetches_made = 0
         self._staying = {}
@@ -139,6 +140,10 @@ class ClusterNode(DistributedActors):
                 reports, self._reports = self._reports, []
                 for request, task, result in reports:
                     self._send(request, task, result)
+            elif self._unnamed:
+                names, self._unnamed = self._unnamed, []
+                for object_id in names:
+                    self.lineage.release(object_id)
             elif self._named:
                 named, self._named = self._named, []
                 for entry in named:

@@ -81,6 +81,7 @@ class SharedObjects(Node):
     _available: list[ObjectEntry]  # that tasks and neighbours may be waiting for
     _reports: list[tuple[Request, Task | None, Any]]  # to be sent: what of, by which task, or the result itself
     _named: list[ObjectEntry]  # by a message in hand: those that nobody holds in the end are freed again
+    _unnamed: list[bytes]  # by values that were lost with the event in hand
     _fetches: dict[int, tuple[ObjectEntry, int, tuple[Any, ...]]]  # by number: what, from where, into which room
     _fetches_made: int
     _runs_first: dict[bytes, Request]
@@ -346,10 +347,9 @@ class SharedObjects(Node):
 
     def _is_nowhere(self, entry: ObjectEntry) -> None:
         """Its value was elsewhere, and is lost: so are the names in it.  Who had counted it as ready waits again."""
-        nested, entry.nested = entry.nested, ()
+        self._unnamed += entry.nested  # Released later: a replay may need what only this value still named.
+        entry.nested = ()
         self._let_wait_again(entry)
-        for inner in nested:
-            self.lineage.release(inner)
 
     # ------------------------------------------------------------ copies
 

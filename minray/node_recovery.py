@@ -50,12 +50,17 @@ class NodeRecovery(NodeTasks):
         entry = self.objects.get(object_id)
         if entry is None or (data is not None and entry.data != data):  # It has been freed, or is here again.
             return False
+        named = entry.nested
+        for inner in named:  # A replay may need what only this value still named.
+            self.lineage.hold(inner)
         lost = self.lineage.lose(entry)
         if lost:
             self._event("object_lost", object_id, reason, now)
             self._let_wait_again(entry)
             if entry.refs > 0:
                 self._want_again(entry)
+        for inner in named:
+            self.lineage.release(inner)
         return lost
 
     def _let_wait_again(self, entry: ObjectEntry) -> None:

@@ -134,6 +134,22 @@ def test_what_a_lost_object_was_made_of_is_made_again_first_however_long_the_cha
     assert len(world.node.lineage.arena.blocks) == 1, "what was made again on the way is gone again"
 
 
+def test_what_only_the_lost_value_still_named_is_there_for_the_replay(world: World) -> None:
+    """A task returns the ref that it was given; whoever had put the object lets it go; the result is lost."""
+    given, spec = ids.put_id(ROOT, 1), TaskSpec(task_id(1), OFTEN, None, (ids.put_id(ROOT, 1),))
+    offset = world.node.lineage.arena.allocate(KB)
+    assert offset is not None
+    world.handle(ObjectPut(DRIVER, given, (offset.offset, KB, ())))
+    world.handle(TasksSubmitted(DRIVER, ROOT, [spec]))
+    world.finish(task_id(1), nested=(given,))
+    world.handle(Unpinned(1, [given]))
+    world.release(given)
+    (run,) = world.handle(ObjectLost(DRIVER, task_id(1), None, "a test dropped it"))
+    assert isinstance(run, RunTasks) and run.tasks[0][3] == [(offset.offset, KB, False, given)]
+    world.finish(task_id(1), nested=(given,))
+    world.handle(Unpinned(1, [given]))
+
+
 def test_lineage_goes_with_the_last_result_that_could_need_it(world: World) -> None:
     first = world.submit(1)
     second = world.submit(2, (first,))
