@@ -471,14 +471,14 @@ def as_many_calls_as_may_be_pending():
 
 
 def objects_are_freed_with_their_last_ref():
-    before = api.core().node.describe("memory")
-    refs = [minray.put(bytes(100_000)), add.remote(1), minray.put([minray.put(2)])]
+    inner = minray.put(2)
+    refs = [minray.put(bytes(100_000)), add.remote(1), minray.put([inner]), inner]
     minray.get(refs)
-    held = api.core().node.describe("memory")
-    del refs
+    names, objects = [bytes(ref) for ref in refs], api.core().node.objects
+    held = [name in objects for name in names]
+    del refs, inner
     api.core().raylet.drain()
-    after = api.core().node.describe("memory")
-    return held["objects"] - before["objects"], after["objects"] - before["objects"], after["used"] - before["used"]
+    return held, [name in objects for name in names]
 
 
 def a_ref_in_a_result_keeps_its_object():
