@@ -84,7 +84,7 @@ class SharedObjects(Node):
     _unnamed: list[bytes]  # by values that were lost with the event in hand
     _fetches: dict[int, tuple[ObjectEntry, int, tuple[Any, ...]]]  # by number: what, from where, into which room
     _fetches_made: int
-    _runs_first: dict[bytes, Request]
+    _runs_first: dict[bytes, Request]  # by a task that was given, and whose result is known here: its giver's request
     _staying: dict[bytes, Task]  # tasks that will run here, once what they need has been fetched
 
     # ------------------------------------------------------------ what is said

@@ -42,7 +42,6 @@ class GivenTasks(SharedObjects):
     _came_back: dict[bytes, Task]  # calls that we gave to the home of an actor that lives here
     _makers: dict[bytes, list[Orphan]]  # by a task that runs again: what it may bring back
     _forsaken: list[Orphan]  # what no task will bring back any more
-    _runs_first: dict[bytes, Request]  # by a task that was given, and whose result is known here: its giver's request
 
     # ------------------------------------------------------------ where a task shall run
 

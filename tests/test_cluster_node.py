@@ -926,6 +926,14 @@ def test_an_error_that_a_task_returned_is_its_result_when_another_attempt_of_its
     cluster.let_all_go(T2, T6, CHILD)
 
 
+def the_lost_child_is_made_again(cluster: Cluster, stood_for_by: str) -> None:
+    run_parent_on_a_node_that_keeps_nothing(cluster)
+    assert type(cluster.error(CHILD)).__name__ == stood_for_by
+    cluster.submit_in(T2, PLAIN, CHILD)
+    cluster.finish(CHILD)
+    assert cluster.get(CHILD) == [b"value"]
+
+
 def test_a_child_that_was_lost_with_whoever_told_of_it_is_made_by_another_attempt_of_its_parent() -> None:
     cluster = Cluster({"CPU": 1}, {"CPU": 2, "GPU": 1})
     an_actor(cluster)
@@ -933,11 +941,7 @@ def test_a_child_that_was_lost_with_whoever_told_of_it_is_made_by_another_attemp
     cluster.finish(CHILD)
     cluster.submit(CALL, T3, actor_id=T1)
     cluster.finish(T3, b"names it", nested=(CHILD,))  # T2 had given it to the actor.
-    run_parent_on_a_node_that_keeps_nothing(cluster)
-    assert type(cluster.error(CHILD)).__name__ == "ObjectReconstructionFailedError", "a call is not run again"
-    cluster.submit_in(T2, PLAIN, CHILD)
-    cluster.finish(CHILD)
-    assert cluster.get(CHILD) == [b"value"]
+    the_lost_child_is_made_again(cluster, "ObjectReconstructionFailedError")  # A call is not run again.
 
 
 def test_a_child_that_was_lost_and_that_nobody_told_of_is_made_by_another_attempt_of_its_parent() -> None:
@@ -946,11 +950,7 @@ def test_a_child_that_was_lost_and_that_nobody_told_of_is_made_by_another_attemp
     cluster.finish(CHILD)
     cluster.submit_in(T2, ACTOR, task_id(2, T2), nested=(CHILD,), actor=ActorOptions("A", max_restarts=1))
     cluster.finish(T2, "large")
-    run_parent_on_a_node_that_keeps_nothing(cluster)
-    assert type(cluster.error(CHILD)).__name__ == "ObjectLostError", "the head knew it as an argument alone"
-    cluster.submit_in(T2, PLAIN, CHILD)
-    cluster.finish(CHILD)
-    assert cluster.get(CHILD) == [b"value"]
+    the_lost_child_is_made_again(cluster, "ObjectLostError")  # The head knew it as an argument alone.
 
 
 def test_a_child_that_somebody_asked_for_before_it_was_there_is_made_nevertheless() -> None:

@@ -474,11 +474,12 @@ def objects_are_freed_with_their_last_ref():
     inner = minray.put(2)
     refs = [minray.put(bytes(100_000)), add.remote(1), minray.put([inner]), inner]
     minray.get(refs)
-    names, objects = [bytes(ref) for ref in refs], api.core().node.objects
-    held = [name in objects for name in names]
+    node, names = api.core().node, [bytes(ref) for ref in refs]
+    blocks, place = node.lineage.arena.blocks, node.objects[names[0]].data
+    held = [name in node.objects for name in names], place in blocks
     del refs, inner
     api.core().raylet.drain()
-    return held, [name in objects for name in names]
+    return held, [name in node.objects for name in names], place in blocks
 
 
 def a_ref_in_a_result_keeps_its_object():
